@@ -1,0 +1,11 @@
+"""Curvature of the loss: matrix-free products, estimators, and the curvature objects that they maintain."""
+
+from curvtrain.curvature.base import Curvature as Curvature
+from curvtrain.curvature.base import CurvatureEstimator as CurvatureEstimator
+from curvtrain.curvature.eigenpairs import Eigenpairs as Eigenpairs
+from curvtrain.curvature.lanczos import Lanczos as Lanczos
+from curvtrain.curvature.products import as_matrix as as_matrix
+from curvtrain.curvature.products import fvp as fvp
+from curvtrain.curvature.products import ggnvp as ggnvp
+from curvtrain.curvature.products import hvp as hvp
+from curvtrain.curvature.schedule import CurvatureSchedule as CurvatureSchedule

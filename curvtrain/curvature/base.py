@@ -1,0 +1,68 @@
+"""The two halves of curvature: an estimator, which is configuration, and what it maintains, which is arrays.
+
+Three costs are kept apart: absorbing a batch (`update`, cheap), factorising (`refresh`, dear) and applying
+(`Curvature.solve`, every step).
+"""
+
+import abc
+from typing import Any, Generic, TypeVar
+
+import jax
+
+from curvtrain.objective import Objective
+
+PyTree = Any
+
+
+class Curvature(abc.ABC):
+    """An estimate C of the curvature at the parameters: a pytree of arrays that acts as a symmetric matrix."""
+
+    @abc.abstractmethod
+    def matvec(self, vector: PyTree) -> PyTree:
+        """C v, for a vector shaped like the parameters."""
+
+    @abc.abstractmethod
+    def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
+        """(C + damping I)^-1 v, right for any damping."""
+
+    @abc.abstractmethod
+    def as_matrix(self) -> jax.Array:
+        """C as a dense (n, n) matrix in `ravel_pytree(params)` order. Tests and small problems only."""
+
+    def telemetry(self) -> dict[str, jax.Array]:
+        """Scalars worth logging, by name. Cheap: it is computed with every logged step."""
+        return {}
+
+
+C = TypeVar("C", bound=Curvature)
+
+
+class CurvatureEstimator(abc.ABC, Generic[C]):
+    """Configuration that knows how to estimate a curvature. Frozen, hashable, checked when it is built.
+
+    All methods are pure functions of arrays: they can be jitted, and their curvature argument donated.
+    """
+
+    @abc.abstractmethod
+    def init(self, objective: Objective, params: PyTree) -> C:
+        """The curvature before any data. Works under `jax.eval_shape`."""
+
+    @abc.abstractmethod
+    def update(self, curvature: C, objective: Objective, params: PyTree, batch: Any, key: jax.Array) -> C:
+        """Absorbs a batch: cheap enough for every step."""
+
+    @abc.abstractmethod
+    def refresh(
+        self,
+        curvature: C,
+        objective: Objective,
+        params: PyTree,
+        batch: Any,
+        key: jax.Array,
+        damping: jax.Array | float | None = None,
+    ) -> C:
+        """Factorises or solves for eigenpairs: dear, now and then. `damping` hints at what `solve` will be asked."""
+
+    @abc.abstractmethod
+    def partition_specs(self, curvature: C, param_specs: PyTree, mesh: jax.sharding.Mesh) -> Any:
+        """A `PartitionSpec` for every leaf of the curvature, given those of the parameters."""

@@ -1,0 +1,81 @@
+"""Eigenpairs of the curvature, C = V^T diag(lambda) V: what Lanczos estimates and FOSI consumes.
+
+Symbols: k + l pairs, values lambda (k + l,), vectors V with rows v_i of unit norm, shaped (k + l, *param.shape).
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvtrain.curvature import trees
+from curvtrain.curvature.base import Curvature
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Eigenpairs(Curvature):
+    """Extreme eigenpairs with their residuals. As a matrix it is the span of the converged ones, and zero elsewhere.
+
+    Attributes:
+      values: float32 (k + l,): the k largest, descending, then the l smallest, ascending (with `select="magnitude"`:
+        by descending magnitude). Zeros before the first refresh.
+      vectors: float32 pytree like the parameters, every leaf (k + l, *param.shape).
+      residuals: float32 (k + l,): |C v_i - lambda_i v_i|; inf before the first refresh.
+      converged: bool (k + l,): residual small enough to be used; the others count for nothing in any operation.
+      refreshes: int32 (): refreshes so far.
+      products: int32 (): curvature-vector products that the last refresh spent.
+      failures: int32 (): refreshes that came out non-finite; the last good pairs were kept.
+    """
+
+    values: jax.Array
+    vectors: PyTree
+    residuals: jax.Array
+    converged: jax.Array
+    refreshes: jax.Array
+    products: jax.Array
+    failures: jax.Array
+
+    def coefficients(self, vector: PyTree) -> jax.Array:
+        """V v, zero for the pairs that have not converged: float32 (k + l,)."""
+        return jnp.where(self.converged, trees.coefficients(self.vectors, vector), 0.0)
+
+    def combine(self, coefficients: jax.Array) -> PyTree:
+        """V^T c: a float32 vector like the parameters."""
+        return trees.combine(coefficients, self.vectors)
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """C v = V^T diag(lambda) V v."""
+        return self.combine(self.values * self.coefficients(vector))
+
+    def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
+        """(C + damping I)^-1 v = v / damping + V^T ((lambda + damping)^-1 - damping^-1) V v.
+
+        C has rank k + l at most, so `damping` should be positive; a non-positive number raises ValueError.
+        """
+        if isinstance(damping, int | float) and damping <= 0:
+            raise ValueError(f"Eigenpairs.solve(damping) should be positive (C has low rank), not {damping}.")
+        inverse = 1.0 / (self.values + damping) - 1.0 / damping
+        inside = self.combine(jnp.where(self.converged, inverse, 0.0) * self.coefficients(vector))
+        return trees.add(trees.scale(1.0 / damping, trees.float32(vector)), inside)
+
+    def as_matrix(self) -> jax.Array:
+        V = trees.matrix(self.vectors)
+        with trees.exact():
+            return (V * jnp.where(self.converged, self.values, 0.0)[:, None]).T @ V
+
+    def telemetry(self) -> dict[str, jax.Array]:
+        """Largest and smallest value, worst relative residual of the used pairs, how many are used, products spent."""
+        used = self.converged
+        relative = self.residuals / jnp.maximum(jnp.abs(self.values), jnp.finfo(jnp.float32).tiny)
+        return {
+            "eigenvalue_max": jnp.max(jnp.where(used, self.values, -jnp.inf), initial=-jnp.inf, where=used),
+            "eigenvalue_min": jnp.min(self.values, initial=jnp.inf, where=used),
+            "residual_max": jnp.max(relative, initial=0.0, where=used),
+            "eigenpairs": jnp.sum(used),
+            "products": self.products,
+            "failures": self.failures,
+        }

@@ -1,0 +1,208 @@
+"""A Krylov basis of a symmetric linear map on pytrees, by Lanczos iteration with full re-orthogonalisation.
+
+Symbols, after Golub and Van Loan (2013), "Matrix computations", section 10.3:
+
+| symbol | shape | meaning |
+|---|---|---|
+| A | | the symmetric map, known through `matvec` |
+| Q | (m, *param.shape) | orthonormal basis vectors q_0 ... q_{s-1}; the rows from s on are zero |
+| T | (m, m) | Q A Q^T, the projected map; tridiagonal except where the iteration was restarted |
+| s | () | vectors in the basis = products with A that were spent |
+| theta, Y | (m,), (m, m) | eigenpairs of T: Ritz values, and Ritz vectors Y^T Q |
+| beta | () | norm of what A q_{s-1} has outside the basis |
+| leak | (m,) | the same for every column: non-zero for the last one, and where a restart dropped it |
+
+What textbook Lanczos gets wrong in float32, and what is done here:
+
+* *Orthogonality.* Each product is orthogonalised twice: by the three-term recurrence, which removes all but rounding,
+  and by classical Gram-Schmidt against the whole basis; once more if that removed a noticeable part.
+* *Breakdown* (A has fewer distinct eigenvalues than m, or is zero): beta is rounding noise, so the iteration restarts
+  with a random vector orthogonal to the basis. T is kept as a full symmetric matrix, so restarts need no special case.
+* *Repeated eigenvalues.* A Krylov sequence contains one vector of each eigenspace and so sees one copy. When the wanted
+  pairs have converged, the iteration restarts once at random and stops only if no new wanted value turns up.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvtrain.curvature import trees
+
+PyTree = Any
+
+_EPS = float(jnp.finfo(jnp.float32).eps)
+_BREAKDOWN = 1e-5  # beta below this multiple of |T| is rounding noise of a float32 product
+_REMOVED = 1e-3  # a Gram-Schmidt pass that removes this share of a vector or more is followed by another
+_PREFIXES = 4  # the basis is orthogonalised against in quarters: zero rows are not read
+CHECK_EVERY = 5  # products between two looks at the residuals
+VERIFY = 6  # products that a random restart gets to turn up an eigenvalue that was missed
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Krylov:
+    """A Krylov basis and the map's projection onto it; see the module's table of symbols."""
+
+    Q: PyTree
+    T: jax.Array
+    leak: jax.Array
+    s: jax.Array
+
+
+Select = Callable[[jax.Array, jax.Array], jax.Array]  # (theta ascending, alive) -> indices of the wanted pairs
+
+
+def ritz(krylov: Krylov, select: Select) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The wanted Ritz pairs: values (w,), coordinates Y (m, w) in the basis, residual norms |A u - theta u| (w,).
+
+    The residual costs nothing: A u - theta u is what A Q^T y has outside the basis, of norm <= sum_j |y_j| leak_j,
+    with equality when only the last column leaks.
+    """
+    m = krylov.T.shape[0]
+    alive = jnp.arange(m) < krylov.s
+    # Dead rows get a value outside the spectrum on the diagonal: they cannot mix with live ones.
+    outside = -(2.0 * jnp.max(jnp.abs(krylov.T)) * m + 1.0)
+    theta, Y = jnp.linalg.eigh(krylov.T + jnp.diag(jnp.where(alive, 0.0, outside)), symmetrize_input=True)
+    # eigh sorts ascending, so the m - s dead values come first
+    wanted = select(theta, jnp.arange(m) >= m - krylov.s)
+    Y = Y[:, wanted] * alive[:, None]
+    return theta[wanted], Y, jnp.abs(Y).T @ krylov.leak
+
+
+def iterate(
+    matvec: Callable[[PyTree], PyTree],
+    start: PyTree,
+    key: jax.Array,
+    *,
+    rows: int,
+    limit: jax.Array | int,
+    minimum: int,
+    select: Select,
+    stop: float,
+) -> Krylov:
+    """Builds a Krylov basis until the wanted pairs have converged or `limit` products are spent.
+
+    Args:
+      matvec: v -> A v, symmetric.
+      start: the first direction, like the parameters; any norm. A zero vector is replaced by a random one.
+      key: draws the vectors of restarts.
+      rows: m, the rows that the basis has room for (static).
+      limit: products to spend at most, <= rows (may be traced: a warm start gets fewer in the same program).
+      minimum: products after which convergence is first looked at (static).
+      select: which Ritz values are wanted.
+      stop: a pair counts as converged when its residual is at most stop * |theta|.
+
+    Returns:
+      The basis and the projected map.
+    """
+
+    def body(carry: _Carry) -> _Carry:
+        k, q, i = carry.krylov, carry.q, carry.krylov.s
+        w, column = _orthogonalise(matvec(q), q, carry.previous, carry.beta, k.Q, i)  # q → A q, less the basis
+        beta = trees.norm(w)
+        T = k.T.at[:, i].set(column).at[i, :].set(column)
+        k = Krylov(k.Q, T, k.leak.at[i].set(beta), i + 1)
+
+        def look(_):
+            theta, _, residual = ritz(k, select)
+            tolerance = stop * jnp.abs(theta) + 10 * _EPS * jnp.max(jnp.abs(theta))
+            converged = jnp.all(residual <= tolerance)
+            return theta, converged, jnp.all(jnp.abs(theta - carry.seen) <= tolerance)
+
+        due = (k.s >= carry.look_at) & (k.s < limit)
+        missed = lambda _: (carry.seen, jnp.bool_(False), jnp.bool_(False))
+        theta, converged, unchanged = jax.lax.cond(due, look, missed, None)
+        done = converged & carry.verifying & unchanged
+        verify = converged & ~done
+        restart = verify | (beta <= _BREAKDOWN * jnp.max(jnp.abs(k.T)))
+
+        def fresh(_):
+            z = trees.random_normal(jax.random.fold_in(key, i), q)
+            for _ in range(2):
+                z, _ = _project_out(trees.scale(1.0 / trees.norm(z), z), k.Q, i)
+            return trees.scale(1.0 / trees.norm(z), z)
+
+        following = jax.lax.cond(restart, fresh, lambda _: trees.scale(1.0 / beta, w), None)
+        # The basis is read before it is written: the other way round, XLA copies it whole for every reader.
+        room = k.s < rows
+        kept = jax.tree.map(lambda new, last: jnp.where(room, new, last), following, q)
+        Q = trees.with_row(k.Q, jnp.minimum(k.s, rows - 1), kept)
+        return _Carry(
+            # unless it is dropped, what the column has outside is the next basis vector; the last one stays outside
+            krylov=Krylov(Q, k.T, k.leak.at[i].set(jnp.where(restart | done | (k.s >= limit), beta, 0.0)), k.s),
+            q=following,
+            previous=q,
+            beta=jnp.where(restart, 0.0, beta),
+            look_at=jnp.where(due, k.s + jnp.where(verify, VERIFY, CHECK_EVERY), carry.look_at),
+            verifying=carry.verifying | verify,
+            seen=theta,
+            done=done,
+        )
+
+    length = trees.norm(start)
+    random = trees.random_normal(jax.random.fold_in(key, rows), start)
+    random = trees.scale(1.0 / trees.norm(random), random)
+    unit = 1.0 / jnp.where(length > 0, length, 1.0)
+    q0 = jax.tree.map(lambda a, b: jnp.where(length > 0, a * unit, b), start, random)
+    wanted = jax.eval_shape(select, jnp.zeros(rows), jnp.ones(rows, bool)).shape
+    Q = trees.with_row(trees.zeros(start, rows), 0, q0)
+    empty = Krylov(Q, jnp.zeros((rows, rows)), jnp.zeros(rows), jnp.int32(0))
+    carry = _Carry(
+        krylov=empty,
+        q=q0,
+        previous=trees.zeros(start),
+        beta=jnp.float32(0),
+        look_at=jnp.int32(minimum),
+        verifying=jnp.bool_(False),
+        seen=jnp.zeros(wanted),
+        done=jnp.bool_(False),
+    )
+    return jax.lax.while_loop(lambda c: (c.krylov.s < limit) & ~c.done, body, carry).krylov
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """The state of the iteration after s products."""
+
+    krylov: Krylov
+    q: PyTree  # the vector that the next product takes: row s of Q
+    previous: PyTree  # row s - 1
+    beta: jax.Array  # <q, A previous>: zero after a restart
+    look_at: jax.Array  # s at which the residuals are looked at next
+    verifying: jax.Array  # whether the wanted pairs have converged once and a random restart has followed
+    seen: jax.Array  # the wanted Ritz values at the last look
+    done: jax.Array
+
+
+def _orthogonalise(w, q, previous, beta, Q, i):
+    """A q_i less its components on q_0 ... q_i, and those components: (w, column of T)."""
+    alpha = trees.dot(q, w)
+    w = jax.tree.map(lambda w, q, p: w - alpha * q - beta * p, w, q, previous)  # three-term recurrence
+    rows = jax.tree.leaves(Q)[0].shape[0]
+    index = jnp.arange(rows)
+    column = jnp.where(index == i, alpha, 0.0) + jnp.where(index == i - 1, beta, 0.0)
+    w, c = _project_out(w, Q, i)
+    again = jnp.sum(c * c) > (_REMOVED**2) * trees.dot(w, w)
+    w, c_again = jax.lax.cond(again, lambda w: _project_out(w, Q, i), lambda w: (w, jnp.zeros_like(c)), w)
+    return w, column + c + c_again
+
+
+def _project_out(w, Q, i):
+    """w less its components on rows 0 ... i of Q, and these components (m,): one pass of classical Gram-Schmidt."""
+    rows = jax.tree.leaves(Q)[0].shape[0]
+    prefixes = sorted({-(-rows * (j + 1) // _PREFIXES) for j in range(_PREFIXES)})
+
+    def pass_over(prefix):
+        def run(w, Q):
+            head = jax.tree.map(lambda q: q[:prefix], Q)
+            c = trees.coefficients(head, w)
+            return trees.subtract(w, trees.combine(c, head)), jnp.pad(c, (0, rows - prefix))
+
+        return run
+
+    index = jnp.searchsorted(jnp.asarray(prefixes), i + 1)
+    return jax.lax.switch(index, [pass_over(p) for p in prefixes], w, Q)

@@ -1,0 +1,141 @@
+"""Matrix-free products with the Hessian, the generalised Gauss-Newton matrix and the Fisher information.
+
+Symbols: theta the parameters, f(theta, x_i) the outputs z_i of example i, l its loss, w_i its weight, W = sum_i w_i,
+J_i = d z_i / d theta, H_i = d^2 l / d z_i^2, g_i = J_i^T d l / d z_i the gradient of example i.
+
+| product | matrix |
+|---|---|
+| `hvp` | d^2/dtheta^2 of sum_i w_i l_i / W |
+| `ggnvp` | sum_i w_i J_i^T H_i J_i / W |
+| `fvp(fisher="exact")` | sum_i w_i J_i^T E_t[dl dl^T] J_i / W, t from the model: for `curvtrain.losses`, the GGN |
+| `fvp(fisher="sampled")` | sum_i w_i g_i g_i^T / W with one target per example drawn from the model |
+| `fvp(fisher="empirical")` | sum_i w_i g_i g_i^T / W with the targets of the batch: not the Fisher |
+
+For sequence outputs an example is what the loss calls one: a position. All products are taken in float32 (parameters of
+another dtype are read exactly, then cast) and walk the batch in `objective.microbatch` pieces.
+
+Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Schraudolph (2002), "Fast curvature matrix-vector
+products"; Kunstner et al. (2019), arXiv 1905.12558, on the empirical Fisher.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from curvtrain import _checks
+from curvtrain.curvature import trees
+from curvtrain.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, weight_like
+from curvtrain.objective import Objective, safe
+
+PyTree = Any
+
+FISHERS = ("exact", "sampled", "empirical")
+PRODUCTS = ("hessian", "ggn")
+
+
+def hvp(objective: Objective, params: PyTree, vector: PyTree, batch: Any, key: jax.Array | None = None) -> PyTree:
+    """H v: the Hessian of the mean loss times `vector`, by forward-over-reverse differentiation.
+
+    Args:
+      objective: any objective.
+      params: where the Hessian is taken.
+      vector: like `params`.
+      batch, key: as for `objective.loss`; the key fixes dropout, so that H is one matrix.
+
+    Returns:
+      float32, like `params`.
+    """
+
+    def product(params, vector, piece, key):
+        total = lambda p: objective.total(p, piece, key)
+        _, Hv, weight = jax.jvp(jax.grad(total, has_aux=True), (params,), (vector,), has_aux=True)  # v → H v
+        return Hv, weight
+
+    return _mean_product(product, objective, params, vector, batch, key)
+
+
+def ggnvp(objective: Objective, params: PyTree, vector: PyTree, batch: Any, key: jax.Array | None = None) -> PyTree:
+    """G v: the generalised Gauss-Newton matrix times `vector`. Positive semi-definite for a convex loss.
+
+    Arguments and result as for `hvp`. Raises TypeError on a loss-only objective.
+    """
+    objective.require_outputs("ggnvp", "hvp, or Objective.from_model(model, predict, loss)")
+    loss = objective.loss_of_outputs
+
+    def product(params, vector, piece, key):
+        z, Jv, vjp = _linearised_outputs(objective, params, vector, piece, key)
+        HJv = loss.hessian_product(z, piece, Jv)  # Jv → H J v, weights included
+        return vjp(HJv)[0], jnp.sum(loss.weights(z, piece))  # H J v → J^T H J v
+
+    return _mean_product(product, objective, params, vector, batch, key)
+
+
+def fvp(
+    objective: Objective,
+    params: PyTree,
+    vector: PyTree,
+    batch: Any,
+    key: jax.Array | None = None,
+    *,
+    fisher: str = "exact",
+) -> PyTree:
+    """F v: the Fisher information times `vector`, exact, sampled or empirical (see the table above).
+
+    Arguments and result as for `hvp`; `fisher="sampled"` needs a key, which also draws the targets. Raises TypeError
+    on a loss-only objective, and for a loss that does not say what its distribution is.
+    """
+    _checks.one_of("fvp(fisher)", fisher, FISHERS)
+    objective.require_outputs("fvp", "hvp, or Objective.from_model(model, predict, loss)")
+    loss = objective.loss_of_outputs
+    if fisher == "exact":
+        if not isinstance(loss, SoftmaxCrossEntropy | SigmoidCrossEntropy | SquaredError):
+            raise TypeError(
+                f"fvp(fisher='exact') knows the distribution of the losses of curvtrain.losses, not of "
+                f"{type(loss).__name__}. Use ggnvp, or fisher='sampled' with a loss that defines sample_targets."
+            )
+        return ggnvp(objective, params, vector, batch, key)  # E_t[dl dl^T] = H_l for these natural parameters
+    if fisher == "sampled" and key is None:
+        raise ValueError("fvp(fisher='sampled') draws targets from the model and needs a key.")
+
+    def product(params, vector, piece, key):
+        z, Jv, vjp = _linearised_outputs(objective, params, vector, piece, key)
+        targets = loss.sample_targets(z, piece, jax.random.fold_in(key, 1)) if fisher == "sampled" else piece
+        r = jax.grad(lambda z: jnp.sum(loss.values(z, targets)))(z)  # r_i = dl/dz_i, so g_i = J_i^T r_i
+        w = loss.weights(z, piece)
+        along = jnp.sum((r * Jv).astype(jnp.float32), axis=tuple(range(w.ndim, z.ndim)))  # g_i . v
+        return vjp((weight_like(w * along, z) * r).astype(z.dtype))[0], jnp.sum(w)
+
+    return _mean_product(product, objective, params, vector, batch, key)
+
+
+def matvec(
+    product: str, objective: Objective, params: PyTree, batch: Any, key: jax.Array | None = None
+) -> Callable[[PyTree], PyTree]:
+    """v -> C v for `product` "hessian" or "ggn", as a linear function of a vector like `params`."""
+    _checks.one_of("product", product, PRODUCTS)
+    function = hvp if product == "hessian" else ggnvp
+    return lambda vector: function(objective, params, vector, batch, key)
+
+
+def as_matrix(matvec: Callable[[PyTree], PyTree], params: PyTree) -> jax.Array:
+    """The dense (n, n) matrix of a linear map, in `ravel_pytree(params)` order. Tests and small problems only."""
+    flat, unravel = ravel_pytree(trees.float32(params))
+    return jax.lax.map(lambda e: ravel_pytree(matvec(unravel(e)))[0], jnp.eye(flat.size, dtype=flat.dtype)).T
+
+
+def _linearised_outputs(objective, params, vector, piece, key):
+    """(z, J v, the function u -> J^T u) of one piece."""
+    outputs = lambda p: objective.predict(p, piece, key)
+    z, vjp = jax.vjp(outputs, params)
+    Jv = jax.jvp(outputs, (params,), (vector,))[1]  # v → J v; XLA shares the forward pass with the vjp
+    return z, Jv, vjp
+
+
+def _mean_product(product, objective, params, vector, batch, key):
+    """Adds `product(params, vector, piece, key) -> (C v, weight)` over the pieces and divides once."""
+    params, vector = trees.float32(params), trees.float32(vector)
+    total, weight = objective.accumulate(lambda piece, k: product(params, vector, piece, k), batch, key)
+    return trees.scale(1.0 / safe(weight), total)

@@ -1,0 +1,8 @@
+"""Optax transformations that consume a curvature."""
+
+from curvtrain.optim.base import self_contained as self_contained
+from curvtrain.optim.fosi import fosi as fosi
+from curvtrain.optim.fosi_dropin import fosi_adam as fosi_adam
+from curvtrain.optim.fosi_dropin import fosi_momentum as fosi_momentum
+from curvtrain.optim.fosi_dropin import fosi_nesterov as fosi_nesterov
+from curvtrain.optim.fosi_dropin import fosi_sgd as fosi_sgd

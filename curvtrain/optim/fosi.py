@@ -1,0 +1,154 @@
+"""FOSI: Newton steps on the extreme eigenvectors of the curvature, any first-order optimizer on the complement.
+
+Sivan, Gabel, Schuster, "FOSI: Hybrid First and Second Order Optimization", ICLR 2024, arXiv 2302.08484, algorithm 2.
+
+Symbols, after the paper:
+
+| symbol | shape | meaning |
+|---|---|---|
+| g | params | gradient |
+| V, lambda | (k + l, params), (k + l,) | eigenvectors as rows, eigenvalues; unconverged pairs are left out |
+| d | (k + l,) | 1 / max(abs(lambda), delta max abs(lambda)): damped, sign-safe inverse eigenvalues |
+| g1, g2 | params | V^T V g, and g - g1 |
+| vel | params | momentum of the Newton part |
+| alpha | () | rate of the Newton part |
+| s | () | multiplier of the base part, in [1, clip] |
+
+One step, where `base` is any optax transformation:
+
+    vel    <- momentum(g1, vel)
+    u      <- base(g2);  u <- u - V^T V u
+    update  = s u - alpha V^T (d * V vel)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvtrain import _checks
+from curvtrain.curvature import trees
+from curvtrain.curvature.eigenpairs import Eigenpairs
+from curvtrain.optim.base import require_curvature, require_params
+
+PyTree = Any
+Momentum = Callable[[jax.Array, jax.Array], jax.Array]  # (g1, vel) -> vel: elementwise and linear
+
+MOMENTA: dict[str, Callable[[float], Momentum]] = {
+    "ema": lambda decay: lambda g1, vel: (1 - decay) * g1 + decay * vel,
+    "heavy_ball": lambda decay: lambda g1, vel: g1 + decay * vel,
+    # FOSI's own "Nesterov": vel is this recursion's output, so its memory decays with decay^2
+    "nesterov": lambda decay: lambda g1, vel: (1 + decay) * g1 + decay**2 * vel,
+    "none": lambda decay: lambda g1, vel: g1,
+}
+
+
+class FosiState(NamedTuple):
+    """State of `fosi`.
+
+    Attributes:
+      count: int32 (), updates so far.
+      base: the base optimizer's state.
+      velocity: float32 like the parameters, the momentum of the Newton part. It lives in parameter space, so it
+        survives a refresh: the new eigenvectors see what of it lies in their span.
+    """
+
+    count: jax.Array
+    base: optax.OptState
+    velocity: PyTree
+
+
+def fosi(
+    base: optax.GradientTransformation,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    *,
+    momentum: str | Momentum = "ema",
+    decay: float = 0.9,
+    damping: float = 1e-3,
+    learning_rate_clip: float = 1.0,
+    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+) -> optax.GradientTransformationExtraArgs:
+    """Newton steps on the eigenvectors in `curvature`, `base` on their orthogonal complement.
+
+    Before the first refresh, and for pairs that have not converged, this is `base` alone. Decoupled weight decay in
+    `base` acts on the complement only; to decay all of the parameters, put the decay in the loss.
+
+    Args:
+      base: any optax transformation; it sees the parameter pytree, so masks, partitions and per-layer rules work.
+      alpha: rate of the Newton part, a number or an optax schedule. With "ema" it is the share of a Newton step taken
+        per step; with "heavy_ball" the steps add up to alpha / (1 - decay).
+      momentum: of the Newton part: "ema" (to go with Adam), "heavy_ball", "nesterov", "none" (SGD), or a linear
+        elementwise function (g1, vel) -> vel. See `MOMENTA`.
+      decay: of the momentum, in [0, 1).
+      damping: delta; inverse eigenvalues are 1 / max(|lambda|, delta max|lambda|). Negative curvature is descended
+        along with its magnitude. 0 reproduces the original.
+      learning_rate_clip: the base's update is multiplied by s = clip(lambda_max / lambda_k, 1, learning_rate_clip),
+        the paper's scaling of the learning rate. 1 turns it off: with it, a comparison with the base at the same rate
+        compares learning rates.
+      accumulator_dtype: of the velocity.
+
+    Returns:
+      A transformation whose `update` needs `curvature=Eigenpairs` and the parameters, and passes other extra
+      arguments on to `base`.
+    """
+    if not (hasattr(base, "init") and hasattr(base, "update")):
+        raise TypeError(f"fosi(base) should be an optax transformation, not {type(base).__name__}.")
+    if not callable(alpha):
+        _checks.number_in("fosi(alpha)", alpha, 0.0)
+    _checks.number_in("fosi(decay)", decay, 0.0, 1.0, open_high=True)
+    _checks.number_in("fosi(damping)", damping, 0.0)
+    _checks.number_in("fosi(learning_rate_clip)", learning_rate_clip, 1.0)
+    if not callable(momentum):
+        _checks.one_of("fosi(momentum)", momentum, MOMENTA)
+        momentum = MOMENTA[momentum](decay)
+    advance = momentum
+    base = optax.with_extra_args_support(base)
+
+    def init(params):
+        velocity = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator_dtype), params)
+        return FosiState(jnp.int32(0), base.init(params), velocity)
+
+    def update(updates, state, params=None, *, curvature=None, **extra):
+        require_params("fosi", params)
+        pairs = require_curvature("fosi", curvature, Eigenpairs, "curvature.Lanczos(k)")
+        _check_structure(pairs, updates)
+        pairs, d, s = _inverse(pairs, damping, learning_rate_clip)
+
+        a = pairs.coefficients(updates)  # V g
+        g1 = pairs.combine(a)
+        g2 = jax.tree.map(lambda g, g1: (g.astype(jnp.float32) - g1).astype(g.dtype), updates, g1)
+        b = advance(a, pairs.coefficients(trees.float32(state.velocity)))  # V vel: linear, so it commutes with V
+        velocity = jax.tree.map(lambda g, v: advance(g, v.astype(jnp.float32)).astype(v.dtype), g1, state.velocity)
+        u, base_state = base.update(g2, state.base, params, curvature=curvature, **extra)
+        rate = alpha(state.count) if callable(alpha) else alpha
+        # s (u - V^T V u) - alpha V^T (d * V vel), with one pass over V
+        inside = pairs.combine(s * pairs.coefficients(u) + rate * d * b)
+        out = jax.tree.map(lambda u, i: (s * u.astype(jnp.float32) - i).astype(u.dtype), u, inside)
+        return out, FosiState(optax.safe_increment(state.count), base_state, velocity)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _inverse(pairs: Eigenpairs, damping: float, clip: float) -> tuple[Eigenpairs, jax.Array, jax.Array]:
+    """(the pairs that can be inverted, d, s)."""
+    magnitude = jnp.abs(pairs.values)
+    largest = jnp.max(magnitude, initial=0.0, where=pairs.converged)
+    # a pair of zero curvature has no Newton step: it is left to the base optimizer
+    usable = pairs.converged & (magnitude > jnp.finfo(jnp.float32).eps * largest)
+    pairs = dataclasses.replace(pairs, converged=usable)
+    d = jnp.where(usable, 1.0 / jnp.where(usable, jnp.maximum(magnitude, damping * largest), 1.0), 0.0)
+    smallest = jnp.min(magnitude, initial=jnp.inf, where=usable)
+    s = jnp.where(jnp.any(usable), jnp.clip(largest / smallest, 1.0, clip), 1.0) if clip > 1 else jnp.float32(1.0)
+    return pairs, d, s
+
+
+def _check_structure(pairs: Eigenpairs, updates: PyTree) -> None:
+    have, want = jax.tree.structure(updates), jax.tree.structure(pairs.vectors)
+    if have != want:
+        raise ValueError(
+            f"fosi: the gradients have the structure {have}, but the eigenvectors {want}. FOSI needs all parameters: "
+            f"to treat some of them differently, mask or partition its base, as in fosi(optax.masked(...)), not fosi."
+        )
