@@ -26,7 +26,7 @@ def positive_int(argument: str, value: object, *, minimum: int = 1) -> None:
 
 def number_in(argument: str, value: object, low: float, high: float = math.inf, *, open_high: bool = False) -> None:
     """Raises TypeError unless `value` is a real number, ValueError unless low <= value <= high (or < high)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument} should be a number, not {value!r} of type {type(value).__name__}.")
     inside = low <= value and (value < high if open_high else value <= high)
     if not inside:

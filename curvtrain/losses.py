@@ -59,7 +59,7 @@ def weight_like(weights: jax.Array, outputs: jax.Array) -> jax.Array:
 
 
 class Loss(abc.ABC):
-    """A per-example loss of the outputs. A subclass needs `values` alone; the rest has defaults or says what it needs."""
+    """A per-example loss of the outputs. A subclass needs `values` alone; the rest has defaults."""
 
     @abc.abstractmethod
     def values(self, outputs: Any, batch: Batch) -> jax.Array:

@@ -55,7 +55,7 @@ class _Model:
         return state
 
     def merge(self, graph: nnx.GraphDef, params: PyTree, model_state: PyTree, key: jax.Array | None) -> nnx.Module:
-        # copy=True: otherwise assigning to a variable inside a transformation raises TraceContextError (BatchNorm in an HVP)
+        # copy=True: without it, BatchNorm inside an HVP raises TraceContextError when it assigns its statistics
         return nnx.merge(graph, params, self.random_state(key), model_state, copy=True)
 
     def apply(self, params, model_state, batch, key, evaluation: bool) -> tuple[Any, PyTree]:
@@ -67,7 +67,7 @@ class _Model:
         return outputs, _same_structure(rest, model_state)
 
 
-def _split(module: nnx.Module, wrt: Any) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State, nnx.State]:
+def _split(module: nnx.Module, wrt: Any) -> tuple[Any, ...]:
     """(graph, trainable, random streams, sown values, the rest)."""
     return nnx.split(module, wrt, nnx.RngState, nnx.Intermediate, ...)
 
@@ -248,6 +248,7 @@ class Objective:
     def _total(self, params, model_state, piece, key):
         """(sum_i w_i l_i, (sum_i w_i, outputs, new model state))."""
         if self._model is None:
+            assert self._loss_fn is not None
             weight = _loss_only_weight(piece)
             value = self._loss_fn(params, piece)
             if jnp.shape(value) != ():
@@ -272,7 +273,7 @@ class Objective:
         keys = [None] * (pieces + 1) if key is None else jax.random.split(key, pieces + 1)
         # Piece j takes rows j, j + pieces, ...: a batch that is sharded over devices in contiguous blocks then gives
         # every device its share of every piece, without communication.
-        cut = lambda a: jnp.moveaxis(a[: pieces * m].reshape((m, pieces) + a.shape[1:]), 1, 0)
+        cut = lambda a: jnp.moveaxis(a[: pieces * m].reshape((m, pieces, *a.shape[1:])), 1, 0)
         stacked = jax.tree.map(cut, batch)
 
         def body(carry, xs):
@@ -311,7 +312,7 @@ def batch_size(batch: Any) -> int:
         raise ValueError(
             f"The arrays of a batch should have one common length, their number of examples, not {lengths}."
         )
-    return next(iter(lengths.values()))
+    return int(next(iter(lengths.values())))
 
 
 def _loss_only_weight(piece: Any) -> jax.Array:

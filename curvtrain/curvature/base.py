@@ -44,8 +44,8 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
     """
 
     @abc.abstractmethod
-    def init(self, objective: Objective, params: PyTree) -> C:
-        """The curvature before any data. Works under `jax.eval_shape`."""
+    def init(self, objective: Objective | None, params: PyTree) -> C:
+        """The curvature before any data. Works under `jax.eval_shape`. `objective` is None where it comes later."""
 
     @abc.abstractmethod
     def update(self, curvature: C, objective: Objective, params: PyTree, batch: Any, key: jax.Array) -> C:

@@ -81,7 +81,7 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
         _checks.number_in("Lanczos(tol)", self.tol, 0.0)
         _checks.number_in("Lanczos(stop)", self.stop, 0.0)
 
-    def init(self, objective: Objective, params: PyTree) -> Eigenpairs:
+    def init(self, objective: Objective | None, params: PyTree) -> Eigenpairs:
         if self.product == "ggn" and objective is not None:
             objective.require_outputs("Lanczos(product='ggn')", "Lanczos(product='hessian')")
         pairs, n = self.k + self.l, trees.size(params)

@@ -127,7 +127,7 @@ def fosi(
         # s (u - V^T V u) - alpha V^T (d * V vel), with one pass over V
         inside = pairs.combine(s * pairs.coefficients(u) + rate * d * b)
         out = jax.tree.map(lambda u, i: (s * u.astype(jnp.float32) - i).astype(u.dtype), u, inside)
-        return out, FosiState(optax.safe_increment(state.count), base_state, velocity)
+        return out, FosiState(state.count + 1, base_state, velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

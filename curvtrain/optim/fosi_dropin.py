@@ -7,8 +7,8 @@ original does. New programs are better served by `optim.fosi` with a `Trainer` o
 see a fresh batch at every refresh and pay nothing between refreshes.
 
 What differs from the original: eigenvectors warm-start from the previous ones, unconverged pairs are left to the base
-optimizer, `update_ese(..., batch)` is honoured, the base optimizer sees the parameter pytree instead of one flat vector,
-and nothing switches JAX to float64.
+optimizer, `update_ese(..., batch)` is honoured, the base optimizer sees the parameter pytree, not one flat vector, and
+nothing switches JAX to float64.
 """
 
 from collections.abc import Callable
