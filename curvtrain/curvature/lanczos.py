@@ -119,8 +119,8 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
         random = trees.random_normal(jax.random.fold_in(key, 0), like)
         random = trees.scale(1.0 / trees.norm(random), random)
         # Start: sum_i |lambda_i|^(-1/2) v_i over the previous pairs, normalised, plus a little of everything else. A
-        # Krylov space finds large eigenvalues first, so the small ones get the head start. Worst error of 10 values
-        # after 22 products, 12 refreshes 100 Adam steps apart (MLP, 1,210 parameters): 2e-3, against 2e-2 unweighted.
+        # Krylov space finds large eigenvalues first, so the small ones get the head start: worst error of 10 values
+        # after 22 products 1.7e-3, against 2.3e-3 unweighted (MLP of 1,210 parameters, 100 Adam steps later, 96 runs).
         weights = jnp.where(curvature.converged, jax.lax.rsqrt(jnp.maximum(jnp.abs(curvature.values), tiny)), 0.0)
         weights = weights / jnp.maximum(jnp.linalg.norm(weights), tiny)
         previous = curvature.combine(weights)
