@@ -5,3 +5,6 @@ from curvtrain import losses as losses
 from curvtrain import optim as optim
 from curvtrain.curvature.schedule import CurvatureSchedule as CurvatureSchedule
 from curvtrain.objective import Objective as Objective
+from curvtrain.trainer import Trainer as Trainer
+from curvtrain.trainer import TrainerConfig as TrainerConfig
+from curvtrain.trainer import hooks as hooks

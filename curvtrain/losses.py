@@ -6,7 +6,8 @@ labels (batch, time) averages over tokens. `SquaredError` and `SigmoidCrossEntro
 example: everything but the batch axis, or everything but batch and time with `sequence=True`.
 
 The entries `mask` (bool or 0/1) and `weights` (float) of a batch are honoured by every loss: shape (batch,), or the
-shape of the values. The mean is sum(weights * values) / sum(weights).
+shape of the values. The mean is sum(weights * values) / sum(weights). An example of weight zero may hold anything in
+its targets and outputs, NaN included; its inputs should be finite, for a model's derivatives multiply them by zero.
 
 Symbols: z the outputs of one example, t its target, l(z, t) its value, p the probabilities that z stands for.
 """
@@ -58,6 +59,16 @@ def weight_like(weights: jax.Array, outputs: jax.Array) -> jax.Array:
     return weights.reshape(weights.shape + (1,) * (outputs.ndim - weights.ndim))
 
 
+def unmasked(outputs: Any, weights: jax.Array) -> Any:
+    """The outputs, zero where their example's weight is: cuts masked examples out of every derivative, not just sums."""
+
+    def leaf(z):
+        per_example = z.shape[: weights.ndim] == weights.shape
+        return jnp.where(weight_like(weights != 0, z), z, 0) if per_example else z
+
+    return jax.tree.map(leaf, outputs)
+
+
 class Loss(abc.ABC):
     """A per-example loss of the outputs. A subclass needs `values` alone; the rest has defaults."""
 
@@ -76,7 +87,7 @@ class Loss(abc.ABC):
         whose example i depends on the outputs of example i alone.
         """
         weights = self.weights(outputs, batch)
-        gradient = jax.grad(lambda z: jnp.sum(weights * self.values(z, batch)))
+        gradient = jax.grad(lambda z: jnp.sum(weights * self.values(unmasked(z, weights), batch)))
         return jax.jvp(gradient, (outputs,), (tangent,))[1]
 
     def hessian_columns(self, outputs: jax.Array) -> jax.Array:
@@ -182,7 +193,7 @@ class _Elementwise(Loss):
 
     def _check_real(self, batch: Mapping[str, np.ndarray], key: str, option: str) -> np.ndarray:
         targets = np.asarray(_entry(batch, key, option))
-        if np.issubdtype(targets.dtype, np.complexfloating) or not np.issubdtype(targets.dtype, np.number):
+        if not any(jnp.issubdtype(targets.dtype, kind) for kind in (np.bool_, np.integer, np.floating)):
             raise TypeError(f"{option}={key!r} should hold real numbers, not {targets.dtype}.")
         if not np.all(np.isfinite(targets)):
             raise ValueError(f"{option}={key!r} holds values that are not finite.")

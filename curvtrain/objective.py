@@ -11,7 +11,7 @@ Without a key, dropout is off.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from curvtrain import _checks
-from curvtrain.losses import Batch, Loss, example_weights
+from curvtrain.losses import RESERVED, Batch, Loss, example_weights, unmasked
 
 PyTree = Any
 Sums = TypeVar("Sums")
@@ -188,9 +188,10 @@ class Objective:
         return dataclasses.replace(self, evaluating=True)
 
     def module(self, params: PyTree) -> nnx.Module:
-        """The module with these parameters, in the mode in which it was given."""
+        """The module with these parameters, in the mode in which it was given (of `evaluation()`: to be evaluated)."""
         model = self._require_outputs("A module")
-        return model.merge(model.train, params, self.model_state, None)
+        graph = model.evaluation if self.evaluating else model.train
+        return model.merge(graph, params, self.model_state, None)
 
     # -- values ----------------------------------------------------------------------------------------------------
 
@@ -255,12 +256,12 @@ class Objective:
                 raise ValueError(
                     f"The function given to Objective.from_loss should return a scalar, not shape {jnp.shape(value)}."
                 )
-            return value.astype(jnp.float32) * weight, (weight, None, model_state)
+            return jnp.asarray(value, jnp.float32) * weight, (weight, None, model_state)
         outputs, state = self._model.apply(params, model_state, piece, key, self.evaluating)
-        values = self._model.loss.values(outputs, piece)
         weights = self._model.loss.weights(outputs, piece)
+        values = self._model.loss.values(unmasked(outputs, weights), piece)
         # where, not a product: a masked example may hold anything, and 0 * inf is not 0
-        total = jnp.sum(jnp.where(weights > 0, weights * values, 0.0))
+        total = jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
         return total, (jnp.sum(weights), outputs, state)
 
     def _walk(self, step, state, batch, key):
@@ -293,6 +294,11 @@ class Objective:
         return state, sums, seen
 
 
+def annotated_specs(model: nnx.Module, wrt: Any = nnx.Param) -> PyTree:
+    """The PartitionSpec that NNX sharding annotations give every trainable variable; empty where there is none."""
+    return nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(model, wrt)))
+
+
 def safe(weight: jax.Array) -> jax.Array:
     """A denominator: the total weight, or one where every example is masked (then the sums above it are zero)."""
     return jnp.where(weight > 0, weight, 1.0)
@@ -320,7 +326,8 @@ def _loss_only_weight(piece: Any) -> jax.Array:
     leading = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(piece) if jnp.ndim(leaf)}
     if len(leading) != 1:
         return jnp.float32(1.0)  # not examples along a common axis: the batch is one piece anyway
-    return jnp.sum(example_weights(piece, (leading.pop(),)))
+    entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
+    return jnp.sum(example_weights(piece, max([(leading.pop(),), *entries], key=len)))
 
 
 def _check_params(params: PyTree) -> None:

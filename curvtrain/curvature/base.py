@@ -5,7 +5,7 @@ Three costs are kept apart: absorbing a batch (`update`, cheap), factorising (`r
 """
 
 import abc
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 
@@ -42,6 +42,8 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
 
     All methods are pure functions of arrays: they can be jitted, and their curvature argument donated.
     """
+
+    absorbs: ClassVar[bool] = True  # whether `update` does anything
 
     @abc.abstractmethod
     def init(self, objective: Objective | None, params: PyTree) -> C:

@@ -64,6 +64,8 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
     stop: float = 1e-4
     warm_start: bool = True
 
+    absorbs = False
+
     def __post_init__(self):
         _checks.positive_int("Lanczos(k)", self.k, minimum=0)
         _checks.positive_int("Lanczos(l)", self.l, minimum=0)

@@ -27,7 +27,7 @@ from jax.flatten_util import ravel_pytree
 
 from curvtrain import _checks
 from curvtrain.curvature import trees
-from curvtrain.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, weight_like
+from curvtrain.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, unmasked, weight_like
 from curvtrain.objective import Objective, safe
 
 PyTree = Any
@@ -103,8 +103,8 @@ def fvp(
     def product(params, vector, piece, key):
         z, Jv, vjp = _linearised_outputs(objective, params, vector, piece, key)
         targets = loss.sample_targets(z, piece, jax.random.fold_in(key, 1)) if fisher == "sampled" else piece
-        r = jax.grad(lambda z: jnp.sum(loss.values(z, targets)))(z)  # r_i = dl/dz_i, so g_i = J_i^T r_i
         w = loss.weights(z, piece)
+        r = jax.grad(lambda z: jnp.sum(loss.values(unmasked(z, w), targets)))(z)  # r_i = dl/dz_i, so g_i = J_i^T r_i
         along = jnp.sum((r * Jv).astype(jnp.float32), axis=tuple(range(w.ndim, z.ndim)))  # g_i . v
         return vjp((weight_like(w * along, z) * r).astype(z.dtype))[0], jnp.sum(w)
 

@@ -1,0 +1,79 @@
+"""The Trainer's options: a frozen dataclass, checked when it is built."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+from jax.sharding import PartitionSpec
+
+from curvtrain import _checks
+
+WRITERS = ("jsonl", "csv", "tensorboard")
+ShardingRules = Sequence[tuple[str, PartitionSpec]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+    """What a run is.
+
+    Attributes:
+      steps: optimizer steps in all. Resuming with more steps than before goes on; everything else is part of the run.
+      batch_size: examples per step, over all devices and processes.
+      seed: of initialisation, data order, dropout and estimators; step t uses fold_in(seed, t).
+      workdir: folder for checkpoints and logs; None keeps everything in memory.
+      mesh: axes and sizes, among "data", "fsdp" and "tensor"; -1 is the rest of the devices. The batch is split over
+        data and fsdp.
+      sharding: "replicated"; "fsdp" (every parameter split along its largest axis that divides); or rules
+        [(regex of the parameter's path, PartitionSpec), ...], the first match counts. A parameter that carries an NNX
+        sharding annotation keeps it.
+      save_every: steps between checkpoints (with a workdir; the last step is always saved); None: the last step only.
+      eval_every: steps between evaluations of `eval_data` (which also follow the last step); None: never.
+      log_every: steps over which logged training metrics are averaged.
+      accumulate: micro-batches that a batch is walked in; same gradients, less memory.
+      ema: decay of an exponential moving average of the parameters, which is then what `evaluate` looks at; None: off.
+      eval_batch_size: examples per evaluation step; None: batch_size.
+      keep_latest, keep_best: checkpoints to keep: the newest ones, and the best by `best_metric`.
+      best_metric, best_mode: the evaluation metric that ranks checkpoints, and whether "min" or "max" is better.
+      writers: of logged scalars in the workdir, among "jsonl", "csv", "tensorboard".
+      progress: whether to print progress; None: yes, on process 0.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    workdir: str | os.PathLike | None = None
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"data": -1})
+    sharding: str | ShardingRules = "replicated"
+    save_every: int | None = 500
+    eval_every: int | None = None
+    log_every: int = 50
+    accumulate: int = 1
+    ema: float | None = None
+    eval_batch_size: int | None = None
+    keep_latest: int = 2
+    keep_best: int = 1
+    best_metric: str = "loss"
+    best_mode: str = "min"
+    writers: Sequence[str] = ("jsonl",)
+    progress: bool | None = None
+
+    def __post_init__(self):
+        name = "TrainerConfig({})".format
+        for field in ("steps", "batch_size", "log_every", "accumulate", "keep_latest"):
+            _checks.positive_int(name(field), getattr(self, field))
+        for field in ("save_every", "eval_every", "eval_batch_size"):
+            if getattr(self, field) is not None:
+                _checks.positive_int(name(field), getattr(self, field))
+        _checks.positive_int(name("seed"), self.seed, minimum=0)
+        _checks.positive_int(name("keep_best"), self.keep_best, minimum=0)
+        if self.ema is not None:
+            _checks.number_in(name("ema"), self.ema, 0.0, 1.0, open_high=True)
+        _checks.one_of(name("best_mode"), self.best_mode, ("min", "max"))
+        for writer in self.writers:
+            _checks.one_of(name("writers"), writer, WRITERS)
+        if isinstance(self.sharding, str):
+            _checks.one_of(name("sharding"), self.sharding, ("replicated", "fsdp"))
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"TrainerConfig(accumulate) should divide batch_size={self.batch_size}, and {self.accumulate} does not."
+            )

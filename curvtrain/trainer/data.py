@@ -1,0 +1,234 @@
+"""Batches as a pure function of (seed, step), from arrays in memory or from a grain dataset.
+
+Arrays go through a batch-level grain source: a whole batch is one gather. The position is the step, so a run resumes
+exactly, on any number of processes: every process takes its rows of the same global batch.
+"""
+
+import abc
+import functools
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+
+from curvtrain.objective import batch_size as size_of
+
+Arrays = Mapping[str, np.ndarray]
+Batch = dict[str, np.ndarray]
+
+TRAIN, CURVATURE = 0, 1  # streams: what refreshes draw never shifts the order of the training data
+
+
+class TrainData(abc.ABC):
+    """Endless training batches, this process's rows of each."""
+
+    @abc.abstractmethod
+    def iterator(self, stream: int = TRAIN, multiple: int = 1) -> grain.DatasetIterator:
+        """A fresh iterator with `get_state` and `set_state`; its batches hold `multiple` times the training batch."""
+
+    @abc.abstractmethod
+    def first(self) -> Batch:
+        """The first training batch: for shapes, checks and the fingerprint."""
+
+    @abc.abstractmethod
+    def sample(self) -> Batch:
+        """What the loss checks once on the host: all of the data if it is in memory, else the first batch."""
+
+    @abc.abstractmethod
+    def description(self) -> dict[str, Any]:
+        """What the data is made of, as plain JSON: a run is resumed only if it is unchanged."""
+
+
+class ArrayData(TrainData):
+    """Shuffled epochs over arrays in memory; what does not fill a batch is left to the next shuffle."""
+
+    def __init__(self, arrays: Arrays, batch_size: int, seed: int, shard: int = 0, shards: int = 1):
+        self.arrays = check_arrays("train_data", arrays)
+        self.batch_size, self.seed, self.shard, self.shards = batch_size, seed, shard, shards
+        examples = size_of(self.arrays)
+        if examples < batch_size:
+            raise ValueError(f"train_data has {examples} examples, fewer than TrainerConfig(batch_size={batch_size}).")
+
+    def iterator(self, stream=TRAIN, multiple=1):
+        size = self.batch_size * multiple
+        if size_of(self.arrays) < size:
+            raise ValueError(
+                f"CurvatureSchedule(batch_size={size}) is more than the {size_of(self.arrays)} examples of train_data."
+            )
+        source = _Shuffled(self.arrays, size, (self.seed, stream), self.shard, self.shards)
+        # no prefetch thread: a gather costs less than handing a batch from one thread to another
+        return iter(grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0)))
+
+    def first(self):
+        return next(self.iterator())
+
+    def sample(self):
+        return self.arrays
+
+    def description(self):
+        return {
+            "source": "arrays",
+            "examples": size_of(self.arrays),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "checksum": checksum(self.first()) if self.shards == 1 else None,
+        }
+
+
+class GrainData(TrainData):
+    """A grain dataset whose elements are batches: its order, shuffling and repetition are its own."""
+
+    def __init__(self, dataset: grain.MapDataset | grain.IterDataset, batch_size: int, shards: int = 1):
+        self.dataset, self.batch_size, self.shards = dataset, batch_size, shards
+        self._first = self._read_first()
+        found, wanted = size_of(self._first), batch_size // shards
+        if found != wanted:
+            raise ValueError(
+                f"train_data yields batches of {found} examples, but TrainerConfig(batch_size={batch_size}) over "
+                f"{shards} processes needs {wanted}: end the dataset with .batch({wanted}, drop_remainder=True)."
+            )
+
+    def _read_first(self) -> Batch:
+        try:
+            first = next(iter(_iterable(self.dataset)))
+        except StopIteration:
+            raise ValueError("train_data is an empty grain dataset.") from None
+        if not isinstance(first, Mapping):
+            raise TypeError(f"train_data should yield dicts of arrays, not {type(first).__name__}.")
+        return {name: np.asarray(value) for name, value in first.items()}
+
+    def iterator(self, stream=TRAIN, multiple=1):
+        dataset = _iterable(self.dataset)
+        return iter(dataset if multiple == 1 else dataset.batch(multiple, drop_remainder=True).map(_flatten))
+
+    def first(self):
+        return self._first
+
+    def sample(self):
+        return self._first
+
+    def description(self):
+        return {
+            "source": type(self.dataset).__name__,
+            "batch_size": self.batch_size,
+            "checksum": checksum(self._first) if self.shards == 1 else None,
+        }
+
+
+def make_train_data(data: Any, batch_size: int, seed: int) -> TrainData:
+    """`train_data` as given to a Trainer, as batches for this process. Raises TypeError for anything else."""
+    shard, shards = jax.process_index(), jax.process_count()
+    if isinstance(data, grain.MapDataset | grain.IterDataset):
+        return GrainData(data, batch_size, shards)
+    if isinstance(data, Mapping):
+        return ArrayData(data, batch_size, seed, shard, shards)
+    raise TypeError(
+        f"train_data should be a dict of numpy arrays or a grain dataset of batches, not {type(data).__name__}."
+    )
+
+
+def eval_batches(data: Any, batch_size: int) -> Iterator[Batch]:
+    """Batches of exactly `batch_size` rows over the whole of `data`, in order; the last one is padded and masked.
+
+    Padding repeats the last row, and `mask` marks what is real (times a mask that the data has of its own).
+    """
+    if isinstance(data, Mapping):
+        arrays = check_arrays("eval_data", data)
+        examples = size_of(arrays)
+        pieces: Iterator[Batch] = (
+            {name: a[start : start + batch_size] for name, a in arrays.items()}
+            for start in range(0, examples, batch_size)
+        )
+    elif isinstance(data, grain.MapDataset | grain.IterDataset):
+        pieces = _recut(_iterable(data), batch_size)
+    else:
+        raise TypeError(
+            f"eval_data should be a dict of numpy arrays or a finite grain dataset, not {type(data).__name__}."
+        )
+    for piece in pieces:
+        yield _padded(piece, batch_size)
+
+
+def check_arrays(argument: str, arrays: Arrays) -> Batch:
+    """The arrays as numpy arrays of one length. Raises TypeError or ValueError naming what is wrong with them."""
+    if not arrays:
+        raise ValueError(f"{argument} is an empty dict; it should hold arrays such as 'image' and 'label'.")
+    out = {}
+    for name, value in arrays.items():
+        array = np.asarray(value)
+        if array.dtype == object or array.ndim == 0:
+            what = "ragged or not numeric" if array.dtype == object else "a scalar"
+            raise TypeError(f"{argument}[{name!r}] should be an array with one row per example; it is {what}.")
+        out[name] = array
+    lengths = {name: len(array) for name, array in out.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"The arrays of {argument} should have one length, the number of examples, not {lengths}.")
+    if 0 in lengths.values():
+        raise ValueError(f"{argument} has no examples.")
+    return out
+
+
+def checksum(batch: Batch) -> str:
+    """A CRC of a batch's names, shapes, dtypes and bytes."""
+    crc = 0
+    for name in sorted(batch):
+        array = np.ascontiguousarray(batch[name])
+        crc = zlib.crc32(f"{name}{array.shape}{array.dtype}".encode(), crc)
+        crc = zlib.crc32(array.tobytes(), crc)
+    return f"{crc:08x}"
+
+
+class _Shuffled(grain.sources.RandomAccessDataSource[Batch]):
+    """A grain source of batches: batch i of epoch e is a slice of permutation(seed, e), a pure function of the step."""
+
+    def __init__(self, arrays: Batch, size: int, seed: tuple[int, ...], shard: int, shards: int):
+        self._arrays, self._size, self._rows = arrays, size, slice(shard, None, shards)
+        examples = size_of(arrays)
+        self._per_epoch = examples // size
+        permutation = lambda epoch: np.random.default_rng([*seed, epoch]).permutation(examples)
+        self._permutation = functools.lru_cache(maxsize=2)(permutation)
+
+    def __len__(self) -> int:
+        return 2**31 - 1  # steps, not examples
+
+    def __getitem__(self, index: int) -> Batch:
+        epoch, i = divmod(int(index), self._per_epoch)
+        rows = self._permutation(epoch)[i * self._size : (i + 1) * self._size][self._rows]
+        return {name: array[rows] for name, array in self._arrays.items()}
+
+
+def _iterable(dataset: grain.MapDataset | grain.IterDataset) -> grain.IterDataset:
+    return dataset.to_iter_dataset() if isinstance(dataset, grain.MapDataset) else dataset
+
+
+def _flatten(batches: Batch) -> Batch:
+    """(multiple, batch, ...) -> (multiple * batch, ...)."""
+    return {name: a.reshape(-1, *a.shape[2:]) for name, a in batches.items()}
+
+
+def _recut(batches: Any, size: int) -> Iterator[Batch]:
+    """Batches of any sizes as batches of `size`, the last one shorter."""
+    held: Batch = {}
+    for batch in batches:
+        batch = {name: np.asarray(a) for name, a in batch.items()}
+        held = {name: np.concatenate([held[name], a]) for name, a in batch.items()} if held else batch
+        while size_of(held) >= size:
+            yield {name: a[:size] for name, a in held.items()}
+            held = {name: a[size:] for name, a in held.items()}
+    if held and size_of(held):
+        yield held
+
+
+def _padded(batch: Batch, size: int) -> Batch:
+    real = size_of(batch)
+    extra = size - real
+    pad = lambda a: np.concatenate([a, np.repeat(a[-1:], extra, axis=0)]) if extra else a
+    out = {name: pad(a) for name, a in batch.items()}
+    mask = np.arange(size) < real
+    if "mask" in out:
+        own = out["mask"]
+        mask = own * mask.reshape((-1,) + (1,) * (own.ndim - 1)).astype(own.dtype)
+    return {**out, "mask": mask}

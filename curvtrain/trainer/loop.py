@@ -1,0 +1,277 @@
+"""The training loop: batches in, steps out; logs, evaluates and saves between them.
+
+Order within a step: batch, program, log, evaluate, hooks, save. A checkpoint is written after a step and before the
+next batch is drawn, so the iterators' positions in it are those of the next step.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from clu import parameter_overview
+
+from curvtrain.trainer.checkpoint import Checkpoints
+from curvtrain.trainer.checkpoint import versions as checkpoint_versions
+from curvtrain.trainer.data import CURVATURE, TRAIN, eval_batches
+from curvtrain.trainer.hooks import Hook, Run
+from curvtrain.trainer.metrics import Metrics, compute, merge
+from curvtrain.trainer.plan import Plan
+from curvtrain.trainer.progress import Clock, ProgressReport
+from curvtrain.trainer.state import TrainState
+from curvtrain.trainer.step import telemetry
+from curvtrain.trainer.writers import open_writers
+
+IN_FLIGHT = 4  # steps that the host may run ahead of the devices: bounds the batches that wait there
+
+
+class Diverged(RuntimeError):
+    """The loss or the parameters are not finite. The message names the step and the newest checkpoint."""
+
+
+class Preempted(SystemExit):
+    """SIGTERM came: the run was saved at a step boundary. Exits with status 0 unless it is caught."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """What `fit` returns.
+
+    Attributes:
+      step: steps done in all.
+      metrics: the last logged scalars by name: "train/loss", "eval/accuracy", "curvature/eigenvalue_max", ...
+      history: all scalars logged by this call, as rows {"step": ..., name: value}.
+      seconds: wall-clock time of this call.
+      stopped: why a hook ended the run early, or None.
+    """
+
+    step: int
+    metrics: dict[str, float]
+    history: list[dict[str, float]]
+    seconds: float
+    stopped: str | None
+
+
+class Loop:
+    """One run of a plan. `state` is always the newest one, `positions` those of the data iterators."""
+
+    def __init__(self, plan: Plan, eval_data: Any, hooks: Iterable[Hook], state: TrainState | None, positions: Any):
+        self.plan, self.config, self.eval_data, self.hooks = plan, plan.config, eval_data, list(hooks)
+        self._given, self.positions = state, positions
+        self.state: TrainState
+        self.history: list[dict[str, float]] = []
+        self.view = Run(self._record, print)
+        self._window: list[Metrics] = []  # of the steps since the last log
+        self._clock = Clock()
+        self._sigterm = False
+
+    # -- the loop --------------------------------------------------------------------------------------------------
+
+    def run(self) -> FitResult:
+        """Trains to `config.steps`, from the newest checkpoint if the workdir holds one."""
+        began, config, view = time.perf_counter(), self.config, self.view
+        self.plan.lower(self.plan.kind(0))  # what is wrong with model or optimizer shows before anything is written
+        with contextlib.ExitStack() as stack:
+            self._checkpoints = None if config.workdir is None else stack.enter_context(Checkpoints(config))
+            stack.enter_context(self._catch_sigterm())
+            start = self._restore_or_init()
+            main = jax.process_index() == 0
+            self._report = ProgressReport(main and config.progress is not False, start, config.steps)
+            stack.callback(self._report.close)
+            folder = Path(config.workdir) if config.workdir is not None and main else None
+            self._writer = open_writers(config.writers, folder, start)
+            stack.callback(self._writer.close)
+            for hook in self.hooks:
+                stack.callback(hook.close)
+            view.step, view.state, view.say = start, self.state, self._report.say
+            self._announce(start)
+            if start >= config.steps:
+                self._evaluate()
+            for step in range(start, config.steps):
+                self._step(step)
+                ending = self._between_steps(step + 1)
+                if ending:
+                    break
+        self.positions = self._read_positions()
+        if self._sigterm and view.step < config.steps:
+            raise Preempted(0)
+        seconds = time.perf_counter() - began
+        return FitResult(view.step, dict(view.metrics), self.history, seconds, view.stop_reason)
+
+    def _step(self, step: int) -> None:
+        plan, kind = self.plan, self.plan.kind(step)
+        if not plan.is_compiled(kind):
+            with self._clock.pause():
+                began = time.perf_counter()
+                plan.step_program(kind)
+                self.view.say(f"compiled {kind!s} in {time.perf_counter() - began:.1f} s")
+        batch = plan.put(next(self._train_batches))
+        wide = plan.put(next(self._curvature_batches)) if plan.wide(kind) else None
+        self.state, seen = plan.step_program(kind)(self.state, batch, wide)
+        self._window.append(seen)
+        if len(self._window) > IN_FLIGHT:
+            jax.block_until_ready(self._window[-IN_FLIGHT])
+        self.view.step, self.view.state = step + 1, self.state
+
+    def _read_positions(self) -> dict[str, Any]:
+        return {"train": self._train_batches.get_state(), "curvature": self._curvature_batches.get_state()}
+
+    def _between_steps(self, done: int) -> bool:
+        """Logs, evaluates, calls hooks and saves, as they are due after `done` steps; whether the run ends here."""
+        config, due = self.config, lambda every: every is not None and done % every == 0
+        ending = done == config.steps or self._sigterm
+        if ending or due(config.log_every):
+            self._log()
+        with self._clock.pause():
+            if due(config.eval_every) or done == config.steps:
+                self._evaluate()
+            for hook in self.hooks:
+                if due(hook.every) and not ending:
+                    hook(self.view)
+            if self.view.stop_reason is not None and not ending:
+                self._log()
+                self._evaluate()
+            ending = ending or self.view.stop_reason is not None or self._sigterm
+            if ending:
+                self.view.last = True
+                for hook in self.hooks:
+                    hook(self.view)
+            if ending or due(config.save_every):
+                self._save()
+        return ending
+
+    # -- beginning -------------------------------------------------------------------------------------------------
+
+    def _restore_or_init(self) -> int:
+        """Sets state and data positions, from the newest checkpoint, an earlier call, or the beginning: the step."""
+        plan = self.plan
+        meta: dict[str, Any] = {}
+        if self._checkpoints is not None and self._checkpoints.steps:
+            self.state, meta = self._checkpoints.restore(plan.state, plan.description())
+        elif self._given is None:
+            self.state = plan.initial_state()
+        else:
+            self.state = self._given
+        step = int(self.state.step)
+        self._train_batches = plan.data.iterator(TRAIN)
+        self._curvature_batches = plan.data.iterator(CURVATURE, plan.refresh_multiple)
+        positions = meta.get("positions", self.positions)
+        if positions is not None:
+            self._train_batches.set_state(positions["train"])
+            self._curvature_batches.set_state(positions["curvature"])
+        for hook, saved in zip(self.hooks, meta.get("hooks", []), strict=False):
+            if saved["kind"] == type(hook).__name__:
+                hook.load_state_dict(saved["state"])
+        return step
+
+    def _announce(self, start: int) -> None:
+        say, plan = self._report.say, self.plan
+        overview = parameter_overview.get_parameter_overview(plan.state.params, include_stats=False, max_lines=40)
+        say(overview)
+        devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
+        say(f"{devices}; {self.config.steps} steps of {self.config.batch_size} examples")
+        if start:
+            say(f"resumed after step {start} from {self.config.workdir}")
+
+    # -- between steps ---------------------------------------------------------------------------------------------
+
+    def _log(self) -> None:
+        """Averages and records the metrics of the steps since the last log. Raises Diverged if one is not finite."""
+        window, self._window = jax.device_get(self._window), []
+        if not window:
+            return
+        rate = len(window) / self._clock.seconds
+        self._clock.restart()
+        first = self.view.step - len(window) + 1
+        for i, seen in enumerate(window):
+            loss = float(seen["loss"].compute())
+            if not math.isfinite(loss):
+                raise self._diverged(f"The training loss is {loss} at step {first + i} (seen in steps {first} to")
+        scalars = {f"train/{name}": value for name, value in compute(functools.reduce(merge, window)).items()}
+        scalars |= {name: float(value) for name, value in jax.device_get(telemetry(self.state)).items()}
+        scalars["steps_per_second"] = rate
+        self._record(self.view.step, scalars)
+        self._report.log(self.view.step, scalars, rate)
+
+    def _evaluate(self) -> None:
+        if self.eval_data is None:
+            return
+        scores = evaluate(self.plan, self.state, self.eval_data, lambda: self._sigterm)
+        if scores is None:  # interrupted by SIGTERM
+            return
+        self._record(self.view.step, {f"eval/{name}": value for name, value in scores.items()})
+        self.view.metrics["eval/step"] = float(self.view.step)
+        shown = "  ".join(f"eval/{name} {value:.4g}" for name, value in scores.items())
+        self._report.say(f"step {self.view.step:>{len(str(self.config.steps))}}/{self.config.steps}  {shown}")
+
+    def _save(self) -> None:
+        if self._checkpoints is None:
+            return
+        if self._window and not bool(self.plan.all_finite(self.state.params)):
+            self._log()  # names the step, if the loss shows it
+        if not bool(self.plan.all_finite(self.state.params)):
+            raise self._diverged("The parameters are not finite (seen in steps")
+        meta = {
+            "run": self.plan.description(),
+            "versions": checkpoint_versions(),
+            "config": {name: repr(value) for name, value in dataclasses.asdict(self.config).items()},
+            "mesh": dict(self.plan.mesh.shape),
+            "positions": self._read_positions(),
+            "hooks": [{"kind": type(hook).__name__, "state": hook.state_dict()} for hook in self.hooks],
+        }
+        current = self.view.metrics.get("eval/step") == self.view.step
+        scores = {name[5:]: value for name, value in self.view.metrics.items() if name.startswith("eval/")}
+        self._checkpoints.save(self.view.step, self.state, meta, scores if current else None)
+
+    def _record(self, step: int, scalars: dict[str, float]) -> None:
+        self.view.metrics.update(scalars)
+        self.history.append({"step": step, **scalars})
+        self._writer.write(step, scalars)
+
+    # -- ending early ----------------------------------------------------------------------------------------------
+
+    def _diverged(self, what: str) -> Diverged:
+        newest = self._checkpoints.steps if self._checkpoints is not None else []
+        where = f"The newest checkpoint is step {newest[-1]}." if newest else "There is no checkpoint."
+        advice = "Lower the learning rate, or raise the damping of the curvature."
+        return Diverged(f"{what} {self.view.step}). {where} {advice}")
+
+    @contextlib.contextmanager
+    def _catch_sigterm(self) -> Iterator[None]:
+        """While training, SIGTERM asks for a save at the next step boundary."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may install handlers
+            return
+
+        def handler(*_):
+            self._sigterm = True
+
+        before = signal.signal(signal.SIGTERM, handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def evaluate(
+    plan: Plan, state: TrainState, data: Any, interrupted: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Metrics over all of `data`, exact over a ragged last batch; None if it was interrupted."""
+    params = state.params if state.ema is None else state.ema
+    size = plan.config.eval_batch_size or plan.config.batch_size
+    total: Metrics | None = None
+    for batch in eval_batches(data, size):
+        if interrupted():
+            return None
+        seen = plan.eval_program(params, state.model_state, plan.put(batch))
+        total = merge(total, jax.device_get(seen))
+    if total is None:
+        raise ValueError("evaluate(data) has no examples.")
+    return compute(total)

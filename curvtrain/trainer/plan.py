@@ -1,0 +1,293 @@
+"""What a run will be, before anything is allocated: mesh, shapes, shardings, data and the compiled programs.
+
+The abstract training state made here is at once the layout into which the state is born, the target into which a
+checkpoint is restored, and what the dry run reports on.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
+from curvtrain.losses import Loss
+from curvtrain.objective import Objective, annotated_specs, batch_size
+from curvtrain.trainer import sharding
+from curvtrain.trainer.config import TrainerConfig
+from curvtrain.trainer.data import Batch, check_arrays, make_train_data
+from curvtrain.trainer.progress import human_bytes, table
+from curvtrain.trainer.state import TrainState
+from curvtrain.trainer.step import Kind, MetricsFn, eval_step, train_step
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The methods of a Trainer that say what is trained."""
+
+    name: str
+    build_model: Callable[[nnx.Rngs], nnx.Module]
+    predict: Callable[[Any, Any], Any]
+    loss: Loss
+    metrics: MetricsFn
+
+
+class Plan:
+    """Mesh, data, abstract state and programs of a run. Building one checks everything and allocates nothing."""
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        task: Task,
+        train_data: Any,
+        optimizer: optax.GradientTransformation,
+        estimator: CurvatureEstimator | None,
+        schedule: CurvatureSchedule,
+    ):
+        self.config, self.task, self.estimator, self.schedule = config, task, estimator, schedule
+        self.tx = optax.with_extra_args_support(optimizer)
+        self.mesh = sharding.make_mesh(config.mesh)
+        self._check_batch_sizes()
+        self.data = make_train_data(train_data, config.batch_size, config.seed)
+        self.state, self.objective = self._abstract_state()
+        self.batch = self._abstract_batch(self.data.first())
+        self.outputs = self._abstract_outputs()
+        task.loss.check(self.data.sample(), self.outputs)
+        self._steps: dict[Kind, Any] = {}
+
+    # -- checks ----------------------------------------------------------------------------------------------------
+
+    def _check_batch_sizes(self) -> None:
+        config, shards = self.config, sharding.batch_shards(self.mesh)
+        mesh = f"the mesh {dict(self.mesh.shape)}, which splits a batch into {shards}"
+        for name, size in (("batch_size", config.batch_size), ("eval_batch_size", config.eval_batch_size)):
+            if size is not None and size % shards:
+                raise ValueError(f"TrainerConfig({name}={size}) should be divisible over {mesh}.")
+        if config.batch_size // config.accumulate % shards:
+            raise ValueError(
+                f"TrainerConfig(accumulate={config.accumulate}) leaves micro-batches of "
+                f"{config.batch_size // config.accumulate} examples, which are not divisible over {mesh}."
+            )
+        wide = self.schedule.batch_size
+        if wide is not None and wide % config.batch_size:
+            raise ValueError(
+                f"CurvatureSchedule(batch_size={wide}) should be a multiple of TrainerConfig(batch_size="
+                f"{config.batch_size}): a refresh walks it in training batches."
+            )
+
+    def check_eval_data(self, data: Any) -> None:
+        """Raises TypeError or ValueError if arrays to be evaluated do not fit the loss and the model."""
+        self.task.loss.check(check_arrays("eval_data", data), self.outputs)
+
+    @property
+    def refresh_multiple(self) -> int:
+        """How many training batches a refresh sees."""
+        return (self.schedule.batch_size or self.config.batch_size) // self.config.batch_size
+
+    # -- abstract values -------------------------------------------------------------------------------------------
+
+    def _init(self) -> tuple[TrainState, Objective, PyTree]:
+        """The training state before the first step, the objective, and the parameters' NNX sharding annotations."""
+        seed = self.config.seed
+        with nnx.use_eager_sharding(False):
+            model = self.task.build_model(nnx.Rngs(seed))
+        if not isinstance(model, nnx.Module):
+            raise TypeError(f"{self.task.name}.build_model should return an nnx.Module, not {type(model).__name__}.")
+        accumulate = self.config.accumulate
+        microbatch = None if accumulate == 1 else self.config.batch_size // accumulate
+        objective, params = Objective.from_model(model, self.task.predict, self.task.loss, microbatch=microbatch)
+        curvature = None if self.estimator is None else self.estimator.init(objective, params)
+        ema = None if self.config.ema is None else jax.tree.map(jnp.copy, params)
+        state = TrainState(
+            step=jnp.int32(0),
+            params=params,
+            model_state=objective.model_state,
+            opt_state=self.tx.init(params),
+            curvature=curvature,
+            ema=ema,
+            key=jax.random.key(seed),
+        )
+        return state, objective, annotated_specs(model)
+
+    def _abstract_state(self) -> tuple[TrainState, Objective]:
+        static = {}
+
+        def init():
+            state, static["objective"], static["annotated"] = self._init()
+            return state
+
+        shapes = jax.eval_shape(init)
+        params = sharding.param_specs(shapes.params, static["annotated"], self.config.sharding, self.mesh)
+        replicated = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)
+        curvature = shapes.curvature
+        if self.estimator is not None:
+            curvature = self.estimator.partition_specs(curvature, params, self.mesh)
+        specs = TrainState(
+            step=PartitionSpec(),
+            params=params,
+            model_state=replicated(shapes.model_state),
+            opt_state=sharding.like_params(shapes.opt_state, shapes.params, params),
+            curvature=curvature,
+            ema=None if shapes.ema is None else params,
+            key=PartitionSpec(),
+        )
+        layout = sharding.named(self.mesh, specs)
+        abstract = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), shapes, layout)
+        return abstract, static["objective"].with_state(shapes.model_state)
+
+    def _abstract_batch(self, local: Batch, multiple: int = 1) -> PyTree:
+        rows, processes = NamedSharding(self.mesh, sharding.batch_spec(self.mesh)), jax.process_count()
+        dtype = lambda a: jax.dtypes.canonicalize_dtype(a.dtype)
+        shape = lambda a: (a.shape[0] * processes * multiple, *a.shape[1:])
+        return {name: jax.ShapeDtypeStruct(shape(a), dtype(a), sharding=rows) for name, a in local.items()}
+
+    def _abstract_outputs(self) -> PyTree:
+        predict = lambda params, state, batch: self.objective.with_state(state).predict(params, batch)
+        return jax.eval_shape(predict, self.state.params, self.state.model_state, self.batch)
+
+    # -- values ----------------------------------------------------------------------------------------------------
+
+    @property
+    def layout(self) -> TrainState:
+        """The sharding of every leaf of the state."""
+        return jax.tree.map(lambda a: a.sharding, self.state)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, born in its layout: no device ever holds more than its share."""
+        return jax.jit(lambda: self._init()[0], out_shardings=self.layout)()
+
+    def put(self, batch: Batch) -> dict[str, jax.Array]:
+        """A process's rows of a batch as global arrays."""
+        rows = NamedSharding(self.mesh, sharding.batch_spec(self.mesh))
+        if jax.process_count() == 1:
+            return jax.device_put(batch, rows)
+        return {name: jax.make_array_from_process_local_data(rows, a) for name, a in batch.items()}
+
+    def description(self) -> dict[str, Any]:
+        """What makes this run this run, as plain JSON: a checkpoint is resumed only if all of it is the same."""
+        estimator = None if self.estimator is None else type(self.estimator).__name__
+        return {
+            "trainer": self.task.name,
+            "seed": self.config.seed,
+            "train_data": self.data.description(),
+            "curvature": estimator,
+        }
+
+    # -- programs --------------------------------------------------------------------------------------------------
+
+    def kind(self, step: int) -> Kind:
+        """What the schedule has for a step."""
+        if self.estimator is None:
+            return Kind()
+        return Kind(self.estimator.absorbs and self.schedule.updates(step), self.schedule.refreshes(step))
+
+    def wide(self, kind: Kind) -> bool:
+        """Whether a step of this kind needs a curvature batch besides the training batch."""
+        return kind.refresh and self.refresh_multiple > 1
+
+    def is_compiled(self, kind: Kind) -> bool:
+        """Whether `step_program(kind)` is ready."""
+        return kind in self._steps
+
+    def step_program(self, kind: Kind) -> Any:
+        """The compiled step of a kind; traced and compiled once."""
+        if kind not in self._steps:
+            self._steps[kind] = self.lower(kind).compile()
+        return self._steps[kind]
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019 - a plan lives as long as its trainer
+    def lower(self, kind: Kind) -> Any:
+        """The traced step of a kind: raises what is wrong with model, loss or optimizer, compiles nothing."""
+        microbatch = self.config.batch_size // self.config.accumulate
+        step = train_step(kind, self.objective, self.tx, self.estimator, self.task.metrics, self.config.ema, microbatch)
+        wide = self._abstract_batch(self.data.first(), self.refresh_multiple) if self.wide(kind) else None
+        out = (self.layout, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(self.state, self.batch, wide)
+
+    @functools.cached_property
+    def eval_program(self) -> Any:
+        """The evaluation step, `(params, model_state, batch) -> metrics`; compiled per shape of its batch."""
+        return jax.jit(
+            eval_step(self.objective, self.task.metrics), out_shardings=NamedSharding(self.mesh, PartitionSpec())
+        )
+
+    @functools.cached_property
+    def all_finite(self) -> Callable[[PyTree], jax.Array]:
+        """Whether every element of a tree is finite."""
+        finite = lambda tree: jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(tree)]))
+        return jax.jit(finite, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+
+    # -- dry run ---------------------------------------------------------------------------------------------------
+
+    def report(self) -> "DryRun":
+        """Memory and FLOPs of every program of the schedule's first steps, and of the state; allocates nothing."""
+        horizon = range(min(self.config.steps, 10_000))
+        kinds = {self.kind(step): None for step in horizon}
+        programs = [ProgramReport.of(str(kind), self.step_program(kind)) for kind in kinds]
+        fields = ("params", "opt_state", "curvature", "model_state", "ema")
+        state = {name: _bytes_per_device(getattr(self.state, name)) for name in fields}
+        return DryRun(programs, state, dict(self.mesh.shape), batch_size(self.batch))
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramReport:
+    """One compiled program, per device: FLOPs (loop bodies counted once), bytes of arguments and temporaries."""
+
+    name: str
+    flops: float
+    argument_bytes: int
+    temporary_bytes: int
+    collectives: dict[str, int]
+
+    @staticmethod
+    def of(name: str, compiled: Any) -> "ProgramReport":
+        cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
+        kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+        counts = {kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in kinds}
+        return ProgramReport(
+            name,
+            float((cost or {}).get("flops", float("nan"))),
+            memory.argument_size_in_bytes,
+            memory.temp_size_in_bytes,
+            {kind: count for kind, count in counts.items() if count},
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What a run needs: its programs, bytes of state per device, mesh and batch size. Print it."""
+
+    programs: list[ProgramReport]
+    state_bytes: dict[str, int]
+    mesh: dict[str, int]
+    batch_size: int
+
+    def __str__(self) -> str:
+        rows = [("program", "GFLOP", "arguments", "temporaries", "collectives")]
+        for p in self.programs:
+            collectives = ", ".join(f"{n} {kind}" for kind, n in p.collectives.items()) or "none"
+            memory = (human_bytes(p.argument_bytes), human_bytes(p.temporary_bytes))
+            rows.append((p.name, f"{p.flops / 1e9:.3g}", *memory, collectives))
+        state = [
+            ("state", "per device"),
+            *((name, human_bytes(size)) for name, size in self.state_bytes.items() if size),
+        ]
+        head = f"mesh {self.mesh}, batch of {self.batch_size}; per device, loop bodies counted once"
+        return f"{head}\n\n{table(rows)}\n\n{table(state)}"
+
+
+def _bytes_per_device(tree: PyTree) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        size = jax.eval_shape(jax.random.key_data, leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        total += int(np.prod(shape)) * size.dtype.itemsize
+    return total

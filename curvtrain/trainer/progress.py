@@ -1,0 +1,110 @@
+"""What a run says on the console: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+MAX_SHOWN = 6  # scalars on a line
+
+
+class ProgressReport:
+    """Prints the run's progress; silent when `enabled` is false."""
+
+    def __init__(self, enabled: bool, first_step: int, steps: int):
+        self._console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
+        self._first, self._steps = first_step, steps
+        self._bar = None
+        if enabled and self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=steps, completed=first_step, rate="")
+
+    def say(self, text: str) -> None:
+        """A line of text."""
+        self._console.print(text, markup=False)
+
+    def log(self, step: int, scalars: Mapping[str, float], rate: float, pending: str = "") -> None:
+        """A line of scalars, with the rate in steps per second and the time left."""
+        shown = [f"{name} {value:.4g}" for name, value in list(scalars.items())[:MAX_SHOWN]]
+        left = duration((self._steps - step) / rate) if rate > 0 else "?"
+        width = len(str(self._steps))
+        self.say("  ".join([f"step {step:>{width}}/{self._steps}", *shown, f"{rate:.1f} steps/s", f"{left} left"]))
+        self.advance(step, rate)
+
+    def advance(self, step: int, rate: float) -> None:
+        """Moves the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, rate=f"{rate:.1f} steps/s")
+
+    def close(self) -> None:
+        """Takes the bar away; the lines stay."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Clock:
+    """Seconds of training, without those of compilation, evaluation and saving."""
+
+    def __init__(self):
+        self._since = time.perf_counter()
+        self._paused = 0.0
+
+    def restart(self) -> None:
+        """Starts a new interval."""
+        self._since, self._paused = time.perf_counter(), 0.0
+
+    def pause(self) -> "_Pause":
+        """A context whose time does not count."""
+        return _Pause(self)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that count since the interval began."""
+        return max(time.perf_counter() - self._since - self._paused, 1e-9)
+
+
+class _Pause:
+    def __init__(self, clock: Clock):
+        self._clock = clock
+
+    def __enter__(self):
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self._clock._paused += time.perf_counter() - self._start
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows of text, the first a heading, as aligned columns: the first one to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    line = lambda row: "  ".join(
+        cell.ljust(width) if i == 0 else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    )
+    return "\n".join(map(line, rows))
+
+
+def human_bytes(count: float) -> str:
+    """1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

@@ -1,0 +1,159 @@
+"""Where arrays live: the mesh, a PartitionSpec for every leaf of the training state, and the batch's layout."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from curvtrain import _checks
+from curvtrain.trainer.config import ShardingRules
+
+PyTree = Any
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # axes over which the examples of a batch are split
+SMALLEST = 1024  # elements; a smaller parameter is replicated by "fsdp": gathering it costs more than it saves
+
+
+def make_mesh(axes: Mapping[str, int]) -> Mesh:
+    """A mesh over all devices. Raises ValueError for unknown axes and sizes that do not multiply to their number."""
+    devices = jax.devices()
+    if not axes:
+        raise ValueError(f"TrainerConfig(mesh) should name at least one axis of {AXES}.")
+    for axis, size in axes.items():
+        _checks.one_of("TrainerConfig(mesh) axis", axis, AXES)
+        if size != -1:
+            _checks.positive_int(f"TrainerConfig(mesh[{axis!r}])", size)
+    sizes = dict(axes)
+    rest = [axis for axis, size in sizes.items() if size == -1]
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    if len(rest) > 1:
+        raise ValueError(f"TrainerConfig(mesh={dict(axes)}): only one axis can be -1 (the rest of the devices).")
+    if rest and len(devices) % known == 0:
+        sizes[rest[0]] = len(devices) // known
+    if int(np.prod(list(sizes.values()))) != len(devices) or (rest and sizes[rest[0]] == -1):
+        raise ValueError(
+            f"TrainerConfig(mesh={dict(axes)}) should multiply to the {len(devices)} devices of this run, and "
+            f"{known} {'does not divide them' if rest else 'does not'}. Use -1 for the rest, as in {{'data': -1}}."
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def batch_spec(mesh: Mesh) -> PartitionSpec:
+    """The leading axis of a batch, split over the mesh's data and fsdp axes."""
+    return PartitionSpec(tuple(axis for axis in BATCH_AXES if axis in mesh.shape))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many pieces the examples of a batch are split."""
+    return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape]))
+
+
+def param_specs(shapes: PyTree, annotated: PyTree, sharding: str | ShardingRules, mesh: Mesh) -> PyTree:
+    """A PartitionSpec for every parameter.
+
+    Args:
+      shapes: the parameters' shapes.
+      annotated: like it, the specs of NNX annotations; an empty PartitionSpec where there is none.
+      sharding: as in `TrainerConfig`.
+      mesh: the mesh.
+
+    Raises:
+      ValueError: a spec names an axis that the mesh does not have, or splits an axis unevenly; a rule matches nothing.
+    """
+    rules = [] if isinstance(sharding, str) else list(sharding)
+    unused = {pattern for pattern, _ in rules}
+
+    def choose(path, shape, annotation):
+        name = path_name(path)
+        if any(entry is not None for entry in annotation):
+            return _checked(name, annotation, shape.shape, mesh)
+        if sharding == "replicated":
+            return PartitionSpec()
+        if sharding == "fsdp":
+            return _largest_axis(shape.shape, mesh)
+        for pattern, spec in rules:
+            if re.search(pattern, name):
+                unused.discard(pattern)
+                return _checked(name, spec, shape.shape, mesh)
+        return PartitionSpec()
+
+    if sharding == "fsdp" and "fsdp" not in mesh.shape:
+        raise ValueError(
+            f"TrainerConfig(sharding='fsdp') needs an 'fsdp' axis in the mesh, which has {dict(mesh.shape)}."
+        )
+    specs = jax.tree_util.tree_map_with_path(choose, shapes, annotated)
+    if unused:
+        names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(shapes)]
+        raise ValueError(
+            f"TrainerConfig(sharding): the rules {sorted(unused)} match no parameter. Their names are, for example, "
+            f"{names[:4]}; a rule is a regular expression that is searched in them."
+        )
+    return specs
+
+
+def like_params(tree: PyTree, params: PyTree, specs: PyTree) -> PyTree:
+    """Specs for a tree that contains copies of the parameters (moments, averages); everything else is replicated.
+
+    A leaf is a copy of the parameter whose path its own path ends in, if the shapes agree.
+    """
+    known = {
+        tuple(str(jax.tree_util.keystr((k,), simple=True)) for k in path): (leaf.shape, spec)
+        for (path, leaf), spec in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs, is_leaf=is_spec), strict=True
+        )
+    }
+    longest = max(map(len, known))
+
+    def choose(path, leaf):
+        names = tuple(str(jax.tree_util.keystr((k,), simple=True)) for k in path)
+        for length in range(min(longest, len(names)), 0, -1):
+            shape, spec = known.get(names[-length:], (None, None))
+            if shape == leaf.shape:
+                return spec
+        return PartitionSpec()
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def named(mesh: Mesh, specs: PyTree) -> PyTree:
+    """NamedShardings for a tree of PartitionSpecs."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def is_spec(node: Any) -> bool:
+    """Whether a node of a tree is a PartitionSpec."""
+    return isinstance(node, PartitionSpec)
+
+
+def path_name(path: Any) -> str:
+    """A leaf's path as users write it in rules: "encoder/0/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    size = mesh.shape["fsdp"]
+    axes = [i for i, length in enumerate(shape) if length % size == 0]
+    if not axes or int(np.prod(shape)) < SMALLEST:
+        return PartitionSpec()
+    axis = max(axes, key=lambda i: shape[i])
+    return PartitionSpec(*(["fsdp" if i == axis else None for i in range(len(shape))]))
+
+
+def _checked(name: str, spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    if len(spec) > len(shape):
+        raise ValueError(f"Sharding of {name}: {spec} has more axes than the parameter's shape {shape}.")
+    for length, entry in zip(shape, spec, strict=False):
+        axes = () if entry is None else entry if isinstance(entry, tuple) else (entry,)
+        for axis in axes:
+            if axis not in mesh.shape:
+                raise ValueError(
+                    f"Sharding of {name}: {spec} names the mesh axis {axis!r}, but the mesh has {dict(mesh.shape)}."
+                )
+        pieces = int(np.prod([mesh.shape[axis] for axis in axes]))
+        if length % pieces:
+            raise ValueError(f"Sharding of {name}: {spec} splits an axis of length {length} into {pieces} pieces.")
+    return spec

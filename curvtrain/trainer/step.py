@@ -1,0 +1,103 @@
+"""The step programs: pure functions of the training state, compiled ahead of time, one per kind of step.
+
+A step that updates or refreshes the curvature is a program of its own, chosen on the host, so a step that does neither
+pays nothing for it. `update` sees the batch, model state and key of the gradient, and XLA shares their forward and
+backward passes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvtrain.curvature import CurvatureEstimator
+from curvtrain.objective import Objective
+from curvtrain.trainer.metrics import Metrics, measure, reduce_pieces
+from curvtrain.trainer.state import TrainState
+
+PyTree = Any
+MetricsFn = Callable[[Any, Any], Mapping[str, Any]]  # (outputs, batch) -> per-example values
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a step does besides the optimizer's update."""
+
+    update: bool = False
+    refresh: bool = False
+
+    def __str__(self) -> str:
+        extras = [name for name, on in (("update", self.update), ("refresh", self.refresh)) if on]
+        return " + ".join(["train", *extras])
+
+
+def train_step(
+    kind: Kind,
+    objective: Objective,
+    tx: optax.GradientTransformationExtraArgs,
+    estimator: CurvatureEstimator | None,
+    metrics_fn: MetricsFn,
+    ema: float | None,
+    refresh_microbatch: int | None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The function `(state, batch, curvature_batch) -> (state, metrics)` of one kind of step.
+
+    `curvature_batch` is what a refresh sees, None for the training batch. Metrics are those of the batch before the
+    parameters move.
+    """
+
+    def step(state: TrainState, batch: Any, curvature_batch: Any) -> tuple[TrainState, Metrics]:
+        here = objective.with_state(state.model_state)
+        key = jax.random.fold_in(state.key, state.step)
+        noise, refresh_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+
+        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), piece)
+        loss, grads, model_state, seen = here.value_and_grad(state.params, batch, noise, observe=observe)
+
+        curvature = state.curvature
+        if estimator is not None and kind.update:
+            curvature = estimator.update(curvature, here, state.params, batch, noise)
+        if estimator is not None and kind.refresh:
+            wide = here if curvature_batch is None else here.with_microbatch(refresh_microbatch)
+            data = batch if curvature_batch is None else curvature_batch
+            damping = optax.tree.get(state.opt_state, "damping", None)
+            curvature = estimator.refresh(curvature, wide, state.params, data, refresh_key, damping=damping)
+
+        updates, opt_state = tx.update(
+            grads,
+            state.opt_state,
+            state.params,
+            curvature=curvature,
+            objective=here,
+            batch=batch,
+            key=noise,
+            value=loss,
+            grad=grads,
+            value_fn=lambda params: here.loss(params, batch, noise),
+        )
+        params = optax.apply_updates(state.params, updates)
+        average = None if ema is None else optax.incremental_update(params, state.ema, 1.0 - ema)
+        state = TrainState(state.step + 1, params, model_state, opt_state, curvature, average, state.key)
+        return state, reduce_pieces(seen)
+
+    return step
+
+
+def eval_step(objective: Objective, metrics_fn: MetricsFn) -> Callable[[PyTree, PyTree, Any], Metrics]:
+    """The function `(params, model_state, batch) -> metrics` with running averages and without dropout."""
+
+    def step(params, model_state, batch):
+        outputs = objective.with_state(model_state).evaluation().predict(params, batch)
+        return measure(metrics_fn(outputs, batch), batch)
+
+    return step
+
+
+def telemetry(state: TrainState) -> dict[str, jax.Array]:
+    """Scalars of the curvature, for the log."""
+    if state.curvature is None:
+        return {}
+    return {f"curvature/{name}": jnp.asarray(value) for name, value in state.curvature.telemetry().items()}

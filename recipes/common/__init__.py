@@ -1,0 +1,1 @@
+"""Data sets and models that the recipes share; nothing in `curvtrain` imports from here."""
