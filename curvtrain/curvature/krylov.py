@@ -63,8 +63,9 @@ def ritz(krylov: Krylov, select: Select) -> tuple[jax.Array, jax.Array, jax.Arra
     """
     m = krylov.T.shape[0]
     alive = jnp.arange(m) < krylov.s
-    # Dead rows get a value outside the spectrum on the diagonal: they cannot mix with live ones.
-    outside = -(2.0 * jnp.max(jnp.abs(krylov.T)) * m + 1.0)
+    # Dead rows get a value outside the spectrum, but near it in scale, on the diagonal: they cannot mix with live ones.
+    bound = jnp.max(jnp.sum(jnp.abs(krylov.T), axis=1))  # |theta| <= |T|_inf
+    outside = -2.0 * jnp.where(bound > 0, bound, 1.0)
     theta, Y = jnp.linalg.eigh(krylov.T + jnp.diag(jnp.where(alive, 0.0, outside)), symmetrize_input=True)
     # eigh sorts ascending, so the m - s dead values come first
     wanted = select(theta, jnp.arange(m) >= m - krylov.s)

@@ -31,6 +31,12 @@ def require_curvature(optimizer: str, curvature: Any, kind: type[C], estimator: 
     return curvature
 
 
+def require_transformation(argument: str, tx: Any) -> None:
+    """Raises TypeError unless `tx` has `init` and `update`, as optax's transformations and `optax.MultiSteps` have."""
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(f"{argument} should be an optax transformation, not {type(tx).__name__}.")
+
+
 def require_params(optimizer: str, params: Any) -> None:
     """Raises ValueError if `update` was called without the parameters."""
     if params is None:
@@ -70,15 +76,22 @@ def self_contained(
     Args:
       tx: an optimizer that takes `curvature=`.
       estimator: what maintains the curvature.
-      schedule: when. Its `batch_size` is not used: the caller chooses the batch.
+      schedule: when. Its `batch_size` is not used: the caller chooses the batch. A period that is a function of the
+        step is traced.
       objective: the objective, unless every update is given `objective=` (an estimator that reads the objective in
         `init` needs it here).
       batch: a fixed batch for the curvature, unless every update is given `batch=`.
       seed: of the estimator's random keys.
 
     Returns:
-      A transformation whose `update` takes `objective=`, `batch=`, `key=` and passes all extra arguments on.
+      A transformation whose `update` takes `objective=`, `batch=`, `key=` and passes all extra arguments on, except
+      for a `curvature=`: `tx` sees its own.
     """
+    require_transformation("self_contained(tx)", tx)
+    _require("estimator", estimator, CurvatureEstimator)
+    _require("schedule", schedule, CurvatureSchedule)
+    if objective is not None:
+        _require("objective", objective, Objective)
     tx = optax.with_extra_args_support(tx)
     default_objective, default_batch = objective, batch
 
@@ -101,12 +114,16 @@ def self_contained(
         ):
             run = lambda c, method=method: method(c, objective, params, batch, step_key)
             curvature = jax.lax.cond(due, run, lambda c: c, curvature)
-        updates, inner = tx.update(
-            updates, state.inner, params, curvature=curvature, objective=objective, batch=batch, key=step_key, **extra
-        )
+        extra |= dict(curvature=curvature, objective=objective, batch=batch, key=step_key)
+        updates, inner = tx.update(updates, state.inner, params, **extra)
         return updates, SelfContainedState(state.count + 1, inner, curvature, state.key)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _require(argument: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"self_contained({argument}) should be of type {kind.__name__}, not {type(value).__name__}.")
 
 
 def _due(period, schedule: CurvatureSchedule, count: jax.Array) -> jax.Array:

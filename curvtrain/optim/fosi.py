@@ -12,7 +12,7 @@ Symbols, after the paper:
 | g1, g2 | params | V^T V g, and g - g1 |
 | vel | params | momentum of the Newton part |
 | alpha | () | rate of the Newton part |
-| s | () | multiplier of the base part, in [1, clip] |
+| s | () | multiplier of the base part, in [1, clip]: lambda_max over the largest curvature left to `base` |
 
 One step, where `base` is any optax transformation:
 
@@ -32,7 +32,7 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.eigenpairs import Eigenpairs
-from curvtrain.optim.base import require_curvature, require_params
+from curvtrain.optim.base import require_curvature, require_params, require_transformation
 
 PyTree = Any
 Momentum = Callable[[jax.Array, jax.Array], jax.Array]  # (g1, vel) -> vel: elementwise and linear
@@ -69,6 +69,7 @@ def fosi(
     decay: float = 0.9,
     damping: float = 1e-3,
     learning_rate_clip: float = 1.0,
+    l: int = 0,
     accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> optax.GradientTransformationExtraArgs:
     """Newton steps on the eigenvectors in `curvature`, `base` on their orthogonal complement.
@@ -86,21 +87,23 @@ def fosi(
       damping: delta; inverse eigenvalues are 1 / max(|lambda|, delta max|lambda|). Negative curvature is descended
         along with its magnitude. 0 reproduces the original.
       learning_rate_clip: the base's update is multiplied by s = clip(lambda_max / lambda_k, 1, learning_rate_clip),
-        the paper's scaling of the learning rate. 1 turns it off: with it, a comparison with the base at the same rate
-        compares learning rates.
+        the paper's scaling of the learning rate, over the k largest pairs; one of them that is left to the base counts
+        for lambda_k if it is larger. 1 turns it off: with it, a comparison with the base at the same rate compares
+        learning rates.
+      l: how many of the curvature's pairs are its smallest, as in `Lanczos(k, l)`: they do not count in s.
       accumulator_dtype: of the velocity.
 
     Returns:
-      A transformation whose `update` needs `curvature=Eigenpairs` and the parameters, and passes other extra
+      A transformation whose `update` needs `curvature=Eigenpairs` and the parameters, and passes the other extra
       arguments on to `base`.
     """
-    if not (hasattr(base, "init") and hasattr(base, "update")):
-        raise TypeError(f"fosi(base) should be an optax transformation, not {type(base).__name__}.")
-    if not callable(alpha):
+    require_transformation("fosi(base)", base)
+    if not (callable(alpha) or isinstance(alpha, jax.Array)):  # an array: `optax.inject_hyperparams`
         _checks.number_in("fosi(alpha)", alpha, 0.0)
     _checks.number_in("fosi(decay)", decay, 0.0, 1.0, open_high=True)
     _checks.number_in("fosi(damping)", damping, 0.0)
     _checks.number_in("fosi(learning_rate_clip)", learning_rate_clip, 1.0)
+    _checks.positive_int("fosi(l)", l, minimum=0)
     if not callable(momentum):
         _checks.one_of("fosi(momentum)", momentum, MOMENTA)
         momentum = MOMENTA[momentum](decay)
@@ -115,24 +118,29 @@ def fosi(
         require_params("fosi", params)
         pairs = require_curvature("fosi", curvature, Eigenpairs, "curvature.Lanczos(k)")
         _check_structure(pairs, updates)
-        pairs, d, s = _inverse(pairs, damping, learning_rate_clip)
+        pairs, d, s = _inverse(pairs, damping, learning_rate_clip, l)
 
         a = pairs.coefficients(updates)  # V g
         g1 = pairs.combine(a)
-        g2 = jax.tree.map(lambda g, g1: (g.astype(jnp.float32) - g1).astype(g.dtype), updates, g1)
+        g2 = jax.tree.map(lambda g, g1: (_wide(g) - g1).astype(g.dtype), updates, g1)
         b = advance(a, pairs.coefficients(trees.float32(state.velocity)))  # V vel: linear, so it commutes with V
         velocity = jax.tree.map(lambda g, v: advance(g, v.astype(jnp.float32)).astype(v.dtype), g1, state.velocity)
-        u, base_state = base.update(g2, state.base, params, curvature=curvature, **extra)
+        u, base_state = base.update(g2, state.base, params, **extra)
         rate = alpha(state.count) if callable(alpha) else alpha
         # s (u - V^T V u) - alpha V^T (d * V vel), with one pass over V
         inside = pairs.combine(s * pairs.coefficients(u) + rate * d * b)
-        out = jax.tree.map(lambda u, i: (s * u.astype(jnp.float32) - i).astype(u.dtype), u, inside)
+        out = jax.tree.map(lambda u, i: (s * _wide(u) - i).astype(u.dtype), u, inside)
         return out, FosiState(state.count + 1, base_state, velocity)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _inverse(pairs: Eigenpairs, damping: float, clip: float) -> tuple[Eigenpairs, jax.Array, jax.Array]:
+def _wide(a: jax.Array) -> jax.Array:
+    """In float32 at least."""
+    return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _inverse(pairs: Eigenpairs, damping: float, clip: float, l: int) -> tuple[Eigenpairs, jax.Array, jax.Array]:
     """(the pairs that can be inverted, d, s)."""
     magnitude = jnp.abs(pairs.values)
     largest = jnp.max(magnitude, initial=0.0, where=pairs.converged)
@@ -140,15 +148,24 @@ def _inverse(pairs: Eigenpairs, damping: float, clip: float) -> tuple[Eigenpairs
     usable = pairs.converged & (magnitude > jnp.finfo(jnp.float32).eps * largest)
     pairs = dataclasses.replace(pairs, converged=usable)
     d = jnp.where(usable, 1.0 / jnp.where(usable, jnp.maximum(magnitude, damping * largest), 1.0), 0.0)
-    smallest = jnp.min(magnitude, initial=jnp.inf, where=usable)
-    s = jnp.where(jnp.any(usable), jnp.clip(largest / smallest, 1.0, clip), 1.0) if clip > 1 else jnp.float32(1.0)
+    magnitude, usable = magnitude[: magnitude.size - l], usable[: magnitude.size - l]  # the k largest
+    lambda_k = jnp.min(magnitude, initial=jnp.inf, where=usable)
+    left = jnp.max(magnitude, initial=0.0, where=~usable)  # what the base optimizer would overshoot on
+    s = jnp.clip(jnp.max(magnitude, initial=0.0, where=usable) / jnp.maximum(lambda_k, left), 1.0, clip)
     return pairs, d, s
 
 
 def _check_structure(pairs: Eigenpairs, updates: PyTree) -> None:
+    """Raises ValueError unless the eigenvectors are like the gradients."""
     have, want = jax.tree.structure(updates), jax.tree.structure(pairs.vectors)
     if have != want:
         raise ValueError(
             f"fosi: the gradients have the structure {have}, but the eigenvectors {want}. FOSI needs all parameters: "
             f"to treat some of them differently, mask or partition its base, as in fosi(optax.masked(...)), not fosi."
+        )
+    have, want = jax.tree.leaves(updates), jax.tree.leaves(pairs.vectors)
+    if [g.shape for g in have] != [v.shape[1:] for v in want]:
+        raise ValueError(
+            f"fosi: the gradients have the shapes {[g.shape for g in have]}, but the eigenvectors "
+            f"{[v.shape[1:] for v in want]}: this curvature is of another model."
         )

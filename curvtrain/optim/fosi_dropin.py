@@ -25,7 +25,7 @@ from curvtrain.curvature.lanczos import Lanczos
 from curvtrain.curvature.schedule import CurvatureSchedule
 from curvtrain.objective import Objective
 from curvtrain.optim.base import SelfContainedState, self_contained
-from curvtrain.optim.fosi import MOMENTA, fosi
+from curvtrain.optim.fosi import fosi
 
 PyTree = Any
 LossFn = Callable[[PyTree, Any], jax.Array]
@@ -54,7 +54,8 @@ class _PmappedLanczos(Lanczos):
 
 def _build(
     name: str,
-    momentum: Callable,
+    momentum: str,
+    decay: float,
     base_optimizer: optax.GradientTransformation,
     loss_fn: LossFn,
     batch: Any,
@@ -74,13 +75,15 @@ def _build(
         raise ValueError(f"{name}(b_parallel=True) needs b_call_ese_internally=False: call update_ese inside pmap.")
     first = period if warmup_w is None else warmup_w
     estimator = (_PmappedLanczos if b_parallel else Lanczos)(k=approx_k, l=approx_l)
-    objective = Objective.from_loss(loss_fn)
+    objective, fixed_batch = Objective.from_loss(loss_fn), batch
     tx = fosi(
         base_optimizer,
         alpha,
         momentum=momentum,
+        decay=decay,
         damping=0.0,
         learning_rate_clip=learning_rate_clip,
+        l=approx_l,
         accumulator_dtype=jnp.float32 if accumulator_dtype is None else accumulator_dtype,
     )
     # the original counts steps from 1: first refresh at step W, then every T
@@ -88,20 +91,26 @@ def _build(
     schedule = CurvatureSchedule(update_every=period, refresh_every=period, start=start)
     inside = self_contained(tx, estimator, schedule, objective, batch=batch)
 
+    # what other members of a chain are given (`objective=`, `batch=`, `curvature=`) is not what loss_fn expects
+    def update_with_refresh(updates, state, params=None, **extra):
+        return inside.update(updates, state, params, **extra | dict(objective=objective, batch=fixed_batch))
+
     def update_without_refresh(updates, state, params=None, **extra):
-        updates, inner = tx.update(updates, state.inner, params, curvature=state.curvature, **extra)
+        updates, inner = tx.update(updates, state.inner, params, **extra | dict(curvature=state.curvature))
         return updates, state._replace(count=state.count + 1, inner=inner)
+
+    @jax.jit  # called outside jit, a refresh would compile anew every time
+    def refresh(curvature, params, batch, key):
+        return estimator.refresh(curvature, objective, params, batch, key)
 
     def update_ese(params, state, batch=None):
         """Estimates the eigenpairs at `params` on `batch` (default: the batch given at construction)."""
         batch = fixed_batch if batch is None else batch
         key = jax.random.fold_in(state.key, state.count)
-        return state._replace(curvature=estimator.refresh(state.curvature, objective, params, batch, key))
+        return state._replace(curvature=refresh(state.curvature, params, batch, key))
 
-    fixed_batch = batch
-    return FosiTransformation(
-        inside.init, inside.update if b_call_ese_internally else update_without_refresh, update_ese
-    )
+    update = update_with_refresh if b_call_ese_internally else update_without_refresh
+    return FosiTransformation(inside.init, update, update_ese)
 
 
 def fosi_adam(
@@ -133,7 +142,7 @@ def fosi_adam(
       b_call_ese_internally: refresh inside `update`; False leaves it to calls of `update_ese`.
       b_parallel: `update_ese` runs inside `pmap` over an axis named "batch" and averages over it.
     """
-    return _build("fosi_adam", MOMENTA["ema"](decay), base_optimizer, loss_fn, batch, accumulator_dtype,
+    return _build("fosi_adam", "ema", decay, base_optimizer, loss_fn, batch, accumulator_dtype,
                   num_iters_to_approx_eigs, approx_k, approx_l, warmup_w, alpha, 1.0, b_call_ese_internally,
                   b_parallel)  # fmt: skip
 
@@ -154,7 +163,7 @@ def fosi_momentum(
     b_parallel: bool = False,
 ) -> FosiTransformation:
     """FOSI over heavy ball. `learning_rate_clip` bounds the scaling of the base's rate; the rest as for `fosi_adam`."""
-    return _build("fosi_momentum", MOMENTA["heavy_ball"](decay), base_optimizer, loss_fn, batch, accumulator_dtype,
+    return _build("fosi_momentum", "heavy_ball", decay, base_optimizer, loss_fn, batch, accumulator_dtype,
                   num_iters_to_approx_eigs, approx_k, approx_l, warmup_w, alpha, learning_rate_clip,
                   b_call_ese_internally, b_parallel)  # fmt: skip
 
@@ -175,7 +184,7 @@ def fosi_nesterov(
     b_parallel: bool = False,
 ) -> FosiTransformation:
     """FOSI over Nesterov momentum, with the original's recursion. Arguments as for `fosi_momentum`."""
-    return _build("fosi_nesterov", MOMENTA["nesterov"](decay), base_optimizer, loss_fn, batch, accumulator_dtype,
+    return _build("fosi_nesterov", "nesterov", decay, base_optimizer, loss_fn, batch, accumulator_dtype,
                   num_iters_to_approx_eigs, approx_k, approx_l, warmup_w, alpha, learning_rate_clip,
                   b_call_ese_internally, b_parallel)  # fmt: skip
 
@@ -195,6 +204,6 @@ def fosi_sgd(
     b_parallel: bool = False,
 ) -> FosiTransformation:
     """FOSI over plain gradient descent: no momentum. Arguments as for `fosi_momentum`."""
-    return _build("fosi_sgd", MOMENTA["none"](0.0), base_optimizer, loss_fn, batch, accumulator_dtype,
+    return _build("fosi_sgd", "none", 0.0, base_optimizer, loss_fn, batch, accumulator_dtype,
                   num_iters_to_approx_eigs, approx_k, approx_l, warmup_w, alpha, learning_rate_clip,
                   b_call_ese_internally, b_parallel)  # fmt: skip

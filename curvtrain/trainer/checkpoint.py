@@ -11,7 +11,6 @@ This is the only file that knows orbax.
 """
 
 import importlib.metadata
-import json
 import logging
 import os
 import warnings
@@ -51,7 +50,8 @@ class Checkpoints:
         better = (lambda m: -m[config.best_metric]) if config.best_mode == "min" else (lambda m: m[config.best_metric])
         keep: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_latest)]
         if config.keep_best:
-            keep.append(policies.BestN(get_metric_fn=better, n=config.keep_best))
+            best = policies.BestN(get_metric_fn=better, n=config.keep_best, keep_checkpoints_without_metrics=False)
+            keep.append(best)
         self._best_metric = config.best_metric
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -177,14 +177,22 @@ def versions() -> dict[str, str]:
 
 
 def _compare(folder, step, expected, run, saved, target) -> None:
+    have, want = _flat(run), _flat(expected)
     differences = [
-        f"{name}: {run.get(name)!r} in the checkpoint, {value!r} now"
-        for name, value in json.loads(json.dumps(expected)).items()
-        if run.get(name) != value
+        f"{name}: {have.get(name)!r} in the checkpoint, {want.get(name)!r} now"
+        for name in sorted(have.keys() | want.keys())
+        if have.get(name) != want.get(name)
     ]
     differences += _spec_differences(saved, target)
     if differences:
         raise Mismatch(_differ(folder, step, differences))
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested dict of plain values with names joined by dots."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
 
 
 def _differ(folder: Path, step: int, differences: list[str]) -> str:

@@ -64,8 +64,8 @@ class Loop:
 
     def __init__(self, plan: Plan, eval_data: Any, hooks: Iterable[Hook], state: TrainState | None, positions: Any):
         self.plan, self.config, self.eval_data, self.hooks = plan, plan.config, eval_data, list(hooks)
-        self._given, self.positions = state, positions
-        self.state: TrainState
+        self.state: Any = state
+        self.positions = positions
         self.history: list[dict[str, float]] = []
         self.view = Run(self._record, print)
         self._window: list[Metrics] = []  # of the steps since the last log
@@ -155,10 +155,8 @@ class Loop:
         meta: dict[str, Any] = {}
         if self._checkpoints is not None and self._checkpoints.steps:
             self.state, meta = self._checkpoints.restore(plan.state, plan.description())
-        elif self._given is None:
+        elif self.state is None:
             self.state = plan.initial_state()
-        else:
-            self.state = self._given
         step = int(self.state.step)
         self._train_batches = plan.data.iterator(TRAIN)
         self._curvature_batches = plan.data.iterator(CURVATURE, plan.refresh_multiple)
