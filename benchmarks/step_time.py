@@ -1,0 +1,257 @@
+"""Step times as ratios of medians, measured side by side in one process.
+
+    python benchmarks/step_time.py                      # prints a table, writes benchmarks/results/step_time.json
+
+Three questions, each answered by alternating the two things compared, chunk by chunk, so that whatever else the machine
+does hits both:
+
+1. *Trainer*: a `Trainer.fit` step against a hand-written `jax.jit` loop of the same model, optimizer, data and metrics; at
+   steps of about 10 ms, and, for the host's share, at 100 parameter leaves of almost no arithmetic.
+2. *FOSI*: T steps with one warm refresh of 22 products, against T steps of its base optimizer Adam, on an MLP of 85k
+   parameters at batch 256, k = 10, T = 300 and 100.
+3. *Refresh*: one warm refresh against as many Hessian-vector products in a compiled loop of nothing else.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
+
+import curvtrain
+from benchmarks.machine import describe
+from curvtrain import curvature, hooks, losses, optim
+from curvtrain.curvature import trees
+from curvtrain.trainer.plan import Plan, Task
+from curvtrain.trainer.step import Kind
+
+
+class MLP(nnx.Module):
+    def __init__(self, sizes: list[int], rngs: nnx.Rngs):
+        pairs = zip(sizes, sizes[1:], strict=False)
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
+
+    def __call__(self, x):
+        for layer in self.layers[:-1]:
+            x = nnx.tanh(layer(x))
+        return self.layers[-1](x)
+
+
+class MLPTrainer(curvtrain.Trainer):
+    loss = losses.SoftmaxCrossEntropy()
+
+    def __init__(self, sizes: list[int], *args, **kwargs):
+        self.sizes = sizes
+        super().__init__(*args, **kwargs)
+
+    def build_model(self, rngs):
+        return MLP(self.sizes, rngs)
+
+    def predict(self, model, batch):
+        return model(batch["image"])
+
+
+def data(examples: int, features: int, classes: int = 10) -> dict[str, np.ndarray]:
+    """Random images and labels: step time does not depend on what is learned."""
+    rng = np.random.default_rng(0)
+    image = rng.standard_normal((examples, features), np.float32)
+    return {"image": image, "label": rng.integers(0, classes, examples, np.int32)}
+
+
+def hand_written_loop(sizes: list[int], train: dict[str, np.ndarray], batch_size: int) -> Callable[[int], None]:
+    """What one would write without a framework: runs so many steps, shuffled, with loss and accuracy kept."""
+    graph, params = nnx.split(MLP(sizes, nnx.Rngs(0)), nnx.Param)
+    params, tx = nnx.to_pure_dict(params), optax.adam(1e-3)
+
+    def loss_fn(params, batch):
+        logits = nnx.merge(graph, params)(batch["image"])
+        values = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        return values.mean(), (jnp.argmax(logits, -1) == batch["label"]).mean()
+
+    def step(params, opt_state, batch):
+        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, {"loss": loss, "accuracy": accuracy}
+
+    jitted = jax.jit(step, donate_argnums=(0, 1))
+    box = {"params": params, "opt_state": jax.jit(tx.init)(params)}
+    rng, n = np.random.default_rng(0), len(train["label"])
+    order = {"rows": rng.permutation(n), "at": 0}
+
+    def run(steps: int) -> None:
+        kept = []
+        for _ in range(steps):
+            if order["at"] + batch_size > n:
+                order.update(rows=rng.permutation(n), at=0)
+            rows = order["rows"][order["at"] : order["at"] + batch_size]
+            order["at"] += batch_size
+            batch = {name: a[rows] for name, a in train.items()}
+            box["params"], box["opt_state"], metrics = jitted(box["params"], box["opt_state"], batch)
+            kept.append(metrics)
+        jax.block_until_ready(box["params"])
+        jax.device_get(kept)
+
+    return run
+
+
+class Alternate(hooks.Hook):
+    """Times chunks of `every` Trainer steps, and after each chunk as many steps of another loop."""
+
+    def __init__(self, every: int, other: Callable[[int], None]):
+        self.every, self._other = every, other
+        self.trainer: list[float] = []
+        self.loop: list[float] = []
+        self._began: float | None = None
+
+    def __call__(self, run):
+        jax.block_until_ready(run.state)
+        now = time.perf_counter()
+        if self._began is not None and not run.last:
+            self.trainer.append((now - self._began) / self.every)
+            self._other(self.every)
+            self.loop.append((time.perf_counter() - now) / self.every)
+        self._began = time.perf_counter()
+
+
+def trainer_against_loop(sizes: list[int], batch_size: int, every: int, chunks: int) -> dict[str, float]:
+    """Medians in ms of a Trainer step and of a hand-written one."""
+    train = data(max(8 * batch_size, 1024), sizes[0])
+    loop = hand_written_loop(sizes, train, batch_size)
+    loop(every)  # compiles
+    hook = Alternate(every, loop)
+    config = curvtrain.TrainerConfig(
+        steps=every * (chunks + 1), batch_size=batch_size, log_every=every, mesh={"data": -1}, progress=False
+    )
+    MLPTrainer(sizes, config, train_data=train, optimizer=optax.adam(1e-3), hooks=[hook]).fit()
+    trainer, hand = statistics.median(hook.trainer[1:]), statistics.median(hook.loop[1:])
+    return {"trainer_ms": 1e3 * trainer, "hand_written_ms": 1e3 * hand, "ratio": trainer / hand}
+
+
+def plan_of(sizes: list[int], batch_size: int, optimizer: Any, estimator: Any = None) -> Plan:
+    """The compiled programs of a run, without its loop."""
+    task = Task(
+        "MLP",
+        lambda rngs: MLP(sizes, rngs),
+        lambda model, batch: model(batch["image"]),
+        losses.SoftmaxCrossEntropy(),
+        losses.SoftmaxCrossEntropy().metrics,
+    )
+    config = curvtrain.TrainerConfig(steps=1, batch_size=batch_size)
+    train = data(8 * batch_size, sizes[0])
+    return Plan(config, task, train, optimizer, estimator, curvtrain.CurvatureSchedule())
+
+
+class Stepper:
+    """Runs compiled steps of a plan on a fixed batch."""
+
+    def __init__(self, plan: Plan):
+        self.plan, self.state, self.batch = plan, plan.initial_state(), plan.put(plan.data.first())
+
+    def __call__(self, kind: Kind, steps: int = 1) -> float:
+        """Seconds for so many steps of a kind."""
+        program = self.plan.step_program(kind)
+        began = time.perf_counter()
+        for _ in range(steps):
+            self.state, seen = program(self.state, self.batch, None)
+        jax.block_until_ready((self.state, seen))
+        return time.perf_counter() - began
+
+
+def fosi_against_adam(sizes: list[int], batch_size: int, period: int, rounds: int) -> dict[str, float]:
+    """Medians in ms of `period` FOSI steps with one warm refresh, and of `period` Adam steps."""
+    adam = Stepper(plan_of(sizes, batch_size, optax.adam(1e-3)))
+    fosi = Stepper(plan_of(sizes, batch_size, optim.fosi(optax.adam(1e-3)), curvature.Lanczos(k=10)))
+    plain, refresh = Kind(), Kind(refresh=True)
+    adam(plain, 20), fosi(plain, 20), fosi(refresh), fosi(refresh)  # compile, and spend the cold refresh
+    times: dict[str, list[float]] = {"fosi": [], "adam": [], "refresh": []}
+    for _ in range(rounds):
+        once = fosi(refresh)
+        times["refresh"].append(once)
+        times["fosi"].append(once + fosi(plain, period - 1))
+        times["adam"].append(adam(plain, period))
+    products = int(fosi.state.curvature.products)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "fosi_step_ms": 1e3 * medians["fosi"] / period,
+        "adam_step_ms": 1e3 * medians["adam"] / period,
+        "refresh_step_ms": 1e3 * medians["refresh"],
+        "products_per_refresh": products,
+        "ratio": medians["fosi"] / medians["adam"],
+    }
+
+
+def refresh_against_hvps(sizes: list[int], batch_size: int, rounds: int) -> dict[str, float]:
+    """Medians in ms of a warm refresh, and of as many Hessian-vector products in a loop."""
+    plan = plan_of(sizes, batch_size, optax.adam(1e-3))
+    objective, params, batch = plan.objective, plan.initial_state().params, plan.put(plan.data.first())
+    estimator, key = curvature.Lanczos(k=10), jax.random.key(0)
+    refresh = jax.jit(lambda c, p: estimator.refresh(c, objective.with_state({}), p, batch, key))
+    pairs = refresh(estimator.init(objective, params), params)
+    pairs = refresh(pairs, params)
+    products = int(pairs.products)
+
+    @jax.jit
+    def hvps(params, vector):
+        def body(v, _):
+            w = curvature.hvp(objective.with_state({}), params, v, batch)
+            return trees.scale(1.0 / trees.norm(w), w), None
+
+        return jax.lax.scan(body, vector, None, length=products)[0]
+
+    vector = trees.random_normal(key, params)
+    jax.block_until_ready(hvps(params, vector))
+    times: dict[str, list[float]] = {"refresh": [], "hvps": []}
+    for _ in range(rounds):
+        for name, run in (("refresh", lambda: refresh(pairs, params)), ("hvps", lambda: hvps(params, vector))):
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "refresh_ms": 1e3 * medians["refresh"],
+        "one_hvp_ms": 1e3 * medians["hvps"] / products,
+        "products": products,
+        "refresh_in_hvps": medians["refresh"] / (medians["hvps"] / products),
+        "ratio": medians["refresh"] / medians["hvps"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="alternations of each comparison")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step_time.json")
+    args = parser.parse_args()
+    mlp = [64, 256, 256, 10]
+    cases: dict[str, Callable[[], dict[str, float]]] = {
+        "Trainer / hand-written loop, ~10 ms steps": lambda: trainer_against_loop(
+            [256, 1024, 1024, 10], 256, 20, args.rounds
+        ),
+        "Trainer / hand-written loop, 100 leaves": lambda: trainer_against_loop([8] * 50 + [10], 8, 200, args.rounds),
+        "FOSI / Adam, refresh every 300": lambda: fosi_against_adam(mlp, 256, 300, args.rounds),
+        "FOSI / Adam, refresh every 100": lambda: fosi_against_adam(mlp, 256, 100, args.rounds),
+        "refresh / its products": lambda: refresh_against_hvps(mlp, 256, 2 * args.rounds),
+    }
+    results = {}
+    for name, measure in cases.items():
+        results[name] = measure()
+        details = ", ".join(f"{key} {value:.4g}" for key, value in results[name].items() if key != "ratio")
+        print(f"{name:<45} {results[name]['ratio']:.3f}   {details}", flush=True)
+    report = {"command": " ".join(["python", *sys.argv]), "machine": describe(), "results": results}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(f"written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()

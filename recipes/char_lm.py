@@ -1,0 +1,85 @@
+"""A character language model, a small transformer or a GRU, over any text file, with FOSI.
+
+python recipes/char_lm.py                                       # the Python standard library's own source
+python recipes/char_lm.py --model gru --optimizer adam
+python recipes/char_lm.py --text shakespeare.txt --layers 4 --width 256 --steps 5000
+"""
+
+import dataclasses
+from typing import Literal
+
+import tyro
+from flax import nnx
+
+import curvtrain
+from curvtrain import losses
+
+from common.language import GRU, Transformer
+from common.runs import RunOptions, run
+from common.text import TextData, load_text
+
+RATES = {"adam": 3e-3, "adamw": 3e-3, "momentum": 0.3, "nesterov": 0.3, "sgd": 1.0}
+RATES |= {f"fosi_{name}": rate for name, rate in RATES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(RunOptions):
+    """Options of this recipe, besides those of `RunOptions`.
+
+    Attributes:
+      text: a text file; None is the source of the Python standard library, which every machine has.
+      length: characters per example.
+      model: "transformer" or "gru".
+      layers: of the model.
+      width: of the model.
+      heads: of the transformer's attention.
+      dropout: rate.
+      remat: recompute the transformer's blocks in the backward pass: less memory, more time.
+    """
+
+    text: str | None = None
+    length: int = 64
+    model: Literal["transformer", "gru"] = "transformer"
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    dropout: float = 0.0
+    remat: bool = False
+    batch_size: int = 32
+    steps: int = 500
+    workdir: str = "runs/char_lm"
+
+
+class CharTrainer(curvtrain.Trainer):
+    loss = losses.SoftmaxCrossEntropy(labels="targets")
+
+    def __init__(self, config, *, data: TextData, options: Options, **optimizer):
+        self.data, self.options = data, options
+        super().__init__(config, train_data=data.train, eval_data=data.test, **optimizer)
+
+    def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        o, vocabulary = self.options, len(self.data.vocabulary)
+        if o.model == "gru":
+            return GRU(vocabulary, layers=o.layers, width=o.width, dropout=o.dropout, rngs=rngs)
+        return Transformer(
+            vocabulary,
+            o.length,
+            layers=o.layers,
+            width=o.width,
+            heads=o.heads,
+            dropout=o.dropout,
+            remat=o.remat,
+            rngs=rngs,
+        )
+
+    def predict(self, model, batch):
+        return model(batch["tokens"])
+
+
+def main(options: Options) -> None:
+    data = load_text(options.text, length=options.length)
+    run(options, RATES, lambda config, **optimizer: CharTrainer(config, data=data, options=options, **optimizer))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
