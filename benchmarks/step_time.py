@@ -5,14 +5,15 @@
 Three questions, each answered by alternating the two things compared, chunk by chunk, so that whatever else the machine
 does hits both:
 
-1. *Trainer*: a `Trainer.fit` step against a hand-written `jax.jit` loop of the same model, optimizer, data and metrics; at
-   steps of about 10 ms, and, for the host's share, at 100 parameter leaves of almost no arithmetic.
+1. *Trainer*: a `Trainer.fit` step against a hand-written `jax.jit` loop of the same model, optimizer, data and metrics;
+   at steps of about 10 ms, and, for the host's share, at 100 parameter leaves of almost no arithmetic.
 2. *FOSI*: T steps with one warm refresh of 22 products, against T steps of its base optimizer Adam, on an MLP of 85k
    parameters at batch 256, k = 10, T = 300 and 100.
 3. *Refresh*: one warm refresh against as many Hessian-vector products in a compiled loop of nothing else.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -39,8 +40,7 @@ from curvtrain.trainer.step import Kind
 
 class MLP(nnx.Module):
     def __init__(self, sizes: list[int], rngs: nnx.Rngs):
-        pairs = zip(sizes, sizes[1:], strict=False)
-        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in pairs])
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
 
     def __call__(self, x):
         for layer in self.layers[:-1]:

@@ -10,8 +10,8 @@ import pytest
 from curvtrain import losses
 
 SHAPES = {"one piece": (5, 3), "image": (5, 2, 3), "sequence": (4, 3, 2)}
-# Float32 values of order 1 with a handful of operations: the worst error measured over this file is 4e-7.
-CLOSE = dict(rtol=2e-6, atol=2e-6)
+# Float32 values of order 1 with a handful of operations: the worst error measured in this file is 2e-7.
+CLOSE = dict(rtol=5e-7, atol=5e-7)
 
 
 def softmax_reference(np, z, t):
@@ -48,9 +48,7 @@ def build(kind, shape, sequence=False):
 CASES = [
     ("softmax", "one piece", False),
     ("softmax", "sequence", False),
-    *[(kind, shape, False) for kind in ("sigmoid", "squared") for shape in SHAPES],
-    ("sigmoid", "sequence", True),
-    ("squared", "sequence", True),
+    *[(kind, shape, shape == "sequence") for kind in ("sigmoid", "squared") for shape in SHAPES],
 ]
 cases = pytest.mark.parametrize(("kind", "shape", "sequence"), CASES)
 
@@ -85,7 +83,7 @@ def mask_for(shape):
 @cases
 def test_values(kind, shape, sequence):
     loss, z, batch, lead = build(kind, SHAPES[shape], sequence)
-    values = loss.values(jnp.asarray(z), batch)
+    values = jax.jit(loss.values)(z, batch)
     assert values.dtype == jnp.float32
     np.testing.assert_allclose(values, reference_values(kind, z, batch, lead), **CLOSE)
 
@@ -94,12 +92,12 @@ def test_values(kind, shape, sequence):
 def test_values_of_bfloat16_outputs_are_float32(kind, shape, sequence):
     loss, z, batch, lead = build(kind, SHAPES[shape], sequence)
     z16 = jnp.asarray(z, jnp.bfloat16)
-    values = loss.values(z16, batch)
+    values = jax.jit(loss.values)(z16, batch)
     assert values.dtype == jnp.float32
     np.testing.assert_allclose(values, reference_values(kind, np.asarray(z16, np.float64), batch, lead), **CLOSE)
 
 
-@pytest.mark.parametrize("scale", [30.0, 300.0, 3e4])
+@pytest.mark.parametrize("scale", [30.0, 3e4])
 def test_saturated_outputs_stay_finite(scale):
     z = jnp.asarray([[scale, -scale, 0.0]])
     softmax = losses.SoftmaxCrossEntropy()
@@ -172,8 +170,8 @@ def test_hessian_product(kind, shape, sequence):
 @cases
 def test_hessian_columns(kind, shape, sequence):
     """sum_c S_c S_c^T is the dense Hessian of every example."""
-    loss, z, batch, lead = build(kind, SHAPES[shape], sequence)
-    S = np.asarray(loss.hessian_columns(jnp.asarray(z)), np.float64)
+    loss, z, _, lead = build(kind, SHAPES[shape], sequence)
+    S = np.asarray(jax.jit(loss.hessian_columns)(z), np.float64)
     assert S.shape[1:] == z.shape
     S = S.reshape(len(S), *z.shape[:lead], -1)
     got = np.einsum("c...i,c...j->...ij", S, S)
@@ -210,8 +208,8 @@ SIGMAS = 5.0  # two-sided probability 6e-7 per number for a Gaussian; some dozen
 
 def draw(loss, z, batch):
     """DRAWS independent target sets, float64 (DRAWS, ...)."""
-    many = jnp.broadcast_to(jnp.asarray(z), (DRAWS, *z.shape))
-    return np.asarray(loss.sample_targets(many, batch, jax.random.key(0))["y"], np.float64)
+    many = np.broadcast_to(z, (DRAWS, *z.shape))
+    return np.asarray(jax.jit(loss.sample_targets)(many, batch, jax.random.key(0))["y"], np.float64)
 
 
 def test_softmax_targets_follow_their_probabilities():
@@ -248,15 +246,15 @@ def test_squared_error_targets_are_unit_gaussians_around_the_outputs():
 def test_expected_outer_product_of_the_score_is_the_hessian(kind, shape, sequence):
     """E_t[dl dl^T] = H_l: why the GGN is the Fisher information."""
     loss, z, batch, lead = build(kind, SHAPES[shape], sequence)
-    keys = jax.random.split(jax.random.key(1), 4000)
+    keys = jax.random.split(jax.random.key(1), 2000)
 
     def score(key):
         drawn = loss.sample_targets(jnp.asarray(z), batch, key)
         return jax.grad(lambda z: loss.values(z, drawn).sum())(jnp.asarray(z))
 
-    r = np.asarray(jax.lax.map(score, keys, batch_size=500), np.float64).reshape(4000, *z.shape[:lead], -1)
+    r = np.asarray(jax.jit(jax.vmap(score))(keys), np.float64).reshape(2000, *z.shape[:lead], -1)
     outer = np.einsum("d...i,d...j->d...ij", r, r)
-    error = outer.std(0) / np.sqrt(4000)
+    error = outer.std(0) / np.sqrt(2000)
     H = dense_hessians(kind, shape, sequence)
     assert np.all(np.abs(outer.mean(0) - H) < SIGMAS * error + 1e-6)
 
@@ -391,7 +389,7 @@ def test_per_example_values_weights_and_product():
     np.testing.assert_allclose(loss.values(z, batch), np.where(d < 1, d**2 / 2, d - 0.5).sum(-1), **CLOSE)
     assert 0 < (d < 1).sum() < d.size  # both branches are met
     mask = mask_for((5,))
-    product = loss.hessian_product(jnp.asarray(z), {**batch, "mask": mask}, jnp.full(z.shape, 2.0))
+    product = jax.jit(loss.hessian_product)(z, {**batch, "mask": mask}, jnp.full(z.shape, 2.0))
     np.testing.assert_allclose(product, 2.0 * (d < 1) * mask[:, None], **CLOSE)
 
 
@@ -404,7 +402,7 @@ def test_per_example_takes_any_structure_of_outputs():
 
     loss = losses.PerExample(function)
     z, s, batch = jnp.ones((3, 2)), jnp.asarray([1.0, 2.0]), {"y": np.ones(3), "mask": np.array([1, 0, 1])}
-    Hz, Hs = loss.hessian_product((z, s), batch, (jnp.ones((3, 2)), jnp.ones(2)))
+    Hz, Hs = jax.jit(loss.hessian_product)((z, s), batch, (jnp.ones((3, 2)), jnp.ones(2)))
     # d/dz_i sum_i w_i s z_i^2 = 2 w s z: its tangent is 2 w (s dz + z ds); for s: sum_i w_i 2 z_i dz_i
     np.testing.assert_allclose(Hz, [[4, 6], [0, 0], [4, 6]])
     np.testing.assert_allclose(Hs, [4, 4])

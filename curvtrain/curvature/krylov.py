@@ -88,7 +88,7 @@ def iterate(
 
     Args:
       matvec: v -> A v, symmetric.
-      start: the first direction, like the parameters; any norm. A zero vector is replaced by a random one.
+      start: the first direction, like the parameters, not zero.
       key: draws the vectors of restarts.
       rows: m, the rows that the basis has room for (static).
       limit: products to spend at most, <= rows (may be traced: a warm start gets fewer in the same program).
@@ -102,10 +102,10 @@ def iterate(
 
     def body(carry: _Carry) -> _Carry:
         k, q, i = carry.krylov, carry.q, carry.krylov.s
-        w, column = _orthogonalise(matvec(q), q, carry.previous, carry.beta, k.Q, i)  # q → A q, less the basis
-        beta = trees.norm(w)
+        Q = trees.with_row(k.Q, i, q)
+        w, column, beta = _orthogonalise(matvec(q), q, carry.beta, Q, i)  # q → A q, less the basis
         T = k.T.at[:, i].set(column).at[i, :].set(column)
-        k = Krylov(k.Q, T, k.leak.at[i].set(beta), i + 1)
+        k = Krylov(Q, T, k.leak.at[i].set(beta), i + 1)
 
         def look(_):
             theta, _, residual = ritz(k, select)
@@ -127,15 +127,10 @@ def iterate(
             return trees.scale(1.0 / trees.norm(z), z)
 
         following = jax.lax.cond(restart, fresh, lambda _: trees.scale(1.0 / beta, w), None)
-        # The basis is read before it is written: the other way round, XLA copies it whole for every reader.
-        room = k.s < rows
-        kept = jax.tree.map(lambda new, last: jnp.where(room, new, last), following, q)
-        Q = trees.with_row(k.Q, jnp.minimum(k.s, rows - 1), kept)
         return _Carry(
             # unless it is dropped, what the column has outside is the next basis vector; the last one stays outside
             krylov=Krylov(Q, k.T, k.leak.at[i].set(jnp.where(restart | done | (k.s >= limit), beta, 0.0)), k.s),
             q=following,
-            previous=q,
             beta=jnp.where(restart, 0.0, beta),
             look_at=jnp.where(due, k.s + jnp.where(verify, VERIFY, CHECK_EVERY), carry.look_at),
             verifying=carry.verifying | verify,
@@ -143,18 +138,11 @@ def iterate(
             done=done,
         )
 
-    length = trees.norm(start)
-    random = trees.random_normal(jax.random.fold_in(key, rows), start)
-    random = trees.scale(1.0 / trees.norm(random), random)
-    unit = 1.0 / jnp.where(length > 0, length, 1.0)
-    q0 = jax.tree.map(lambda a, b: jnp.where(length > 0, a * unit, b), start, random)
     wanted = jax.eval_shape(select, jnp.zeros(rows), jnp.ones(rows, bool)).shape
-    Q = trees.with_row(trees.zeros(start, rows), 0, q0)
-    empty = Krylov(Q, jnp.zeros((rows, rows)), jnp.zeros(rows), jnp.int32(0))
+    empty = Krylov(trees.zeros(start, rows), jnp.zeros((rows, rows)), jnp.zeros(rows), jnp.int32(0))
     carry = _Carry(
         krylov=empty,
-        q=q0,
-        previous=trees.zeros(start),
+        q=trees.scale(1.0 / trees.norm(start), start),
         beta=jnp.float32(0),
         look_at=jnp.int32(minimum),
         verifying=jnp.bool_(False),
@@ -170,26 +158,32 @@ class _Carry:
     """The state of the iteration after s products."""
 
     krylov: Krylov
-    q: PyTree  # the vector that the next product takes: row s of Q
-    previous: PyTree  # row s - 1
-    beta: jax.Array  # <q, A previous>: zero after a restart
+    q: PyTree  # the vector that the next product takes: what will be row s of Q
+    beta: jax.Array  # <q, A times row s - 1>: zero after a restart
     look_at: jax.Array  # s at which the residuals are looked at next
     verifying: jax.Array  # whether the wanted pairs have converged once and a random restart has followed
     seen: jax.Array  # the wanted Ritz values at the last look
     done: jax.Array
 
 
-def _orthogonalise(w, q, previous, beta, Q, i):
-    """A q_i less its components on q_0 ... q_i, and those components: (w, column of T)."""
+def _orthogonalise(w, q, beta, Q, i):
+    """A q_i less its components on q_0 ... q_i, those components, and its length then: (w, column of T, |w|)."""
     alpha = trees.dot(q, w)
+    previous = trees.row(Q, jnp.maximum(i - 1, 0))  # beta is zero where there is none
     w = jax.tree.map(lambda w, q, p: w - alpha * q - beta * p, w, q, previous)  # three-term recurrence
     rows = jax.tree.leaves(Q)[0].shape[0]
     index = jnp.arange(rows)
     column = jnp.where(index == i, alpha, 0.0) + jnp.where(index == i - 1, beta, 0.0)
     w, c = _project_out(w, Q, i)
-    again = jnp.sum(c * c) > (_REMOVED**2) * trees.dot(w, w)
-    w, c_again = jax.lax.cond(again, lambda w: _project_out(w, Q, i), lambda w: (w, jnp.zeros_like(c)), w)
-    return w, column + c + c_again
+    length = trees.norm(w)
+
+    def once_more(w):
+        w, c = _project_out(w, Q, i)
+        return w, c, trees.norm(w)
+
+    again = jnp.linalg.norm(c) > _REMOVED * length
+    w, c_again, length = jax.lax.cond(again, once_more, lambda w: (w, jnp.zeros_like(c), length), w)
+    return w, column + c + c_again, length
 
 
 def _project_out(w, Q, i):
@@ -205,5 +199,7 @@ def _project_out(w, Q, i):
 
         return run
 
+    # The conditional does more than skip rows: without it, XLA fuses the write of the newest row into every reader of
+    # the basis, and copies the basis whole in each iteration.
     index = jnp.searchsorted(jnp.asarray(prefixes), i + 1)
     return jax.lax.switch(index, [pass_over(p) for p in prefixes], w, Q)

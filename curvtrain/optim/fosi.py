@@ -89,7 +89,8 @@ def fosi(
       learning_rate_clip: the base's update is multiplied by s = clip(lambda_max / lambda_k, 1, learning_rate_clip),
         the paper's scaling of the learning rate, over the k largest pairs; one of them that is left to the base counts
         for lambda_k if it is larger. 1 turns it off: with it, a comparison with the base at the same rate compares
-        learning rates.
+        learning rates. A linear base (SGD, heavy ball) moves in the complement as it does alone, so this is all that
+        it gains from the largest pairs; Adam gains without.
       l: how many of the curvature's pairs are its smallest, as in `Lanczos(k, l)`: they do not count in s.
       accumulator_dtype: of the velocity.
 
@@ -137,7 +138,7 @@ def fosi(
 
 def _wide(a: jax.Array) -> jax.Array:
     """In float32 at least."""
-    return a.astype(jnp.promote_types(a.dtype, jnp.float32))
+    return a if jnp.finfo(a.dtype).bits > 32 else a.astype(jnp.float32)
 
 
 def _inverse(pairs: Eigenpairs, damping: float, clip: float, l: int) -> tuple[Eigenpairs, jax.Array, jax.Array]:

@@ -5,15 +5,21 @@ A checkpoint named by its step holds
 | item | content |
 |---|---|
 | `state` | the `TrainState`: parameters, optimizer, curvature, model state |
-| `meta` | JSON: the run's description (trainer, data, seed), versions, the position of the data iterators |
+| `meta` | JSON: the run's description (trainer, data, seed), versions, positions of the data iterators, scores |
 
 This is the only file that knows orbax.
 """
 
+import contextlib
+import functools
 import importlib.metadata
+import json
 import logging
+import math
 import os
+import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,102 +48,146 @@ class Mismatch(CheckpointError):
 
 
 class Checkpoints:
-    """The checkpoints of one workdir. A context manager: leaving it waits for the save under way."""
+    """The checkpoints of one workdir. A context manager: leaving it waits for the save under way.
+
+    A save that fails (a full disk) is reported and cleared away, and training goes on: older checkpoints stay, the next
+    save tries again. Leaving raises CheckpointError if it was the last one.
+    """
 
     def __init__(self, config: TrainerConfig):
         self.folder = Path(config.workdir or "").absolute()
         _check_writable(self.folder)
-        better = (lambda m: -m[config.best_metric]) if config.best_mode == "min" else (lambda m: m[config.best_metric])
-        keep: list[policies.PreservationPolicy] = [policies.LatestN(config.keep_latest)]
-        if config.keep_best:
-            best = policies.BestN(get_metric_fn=better, n=config.keep_best, keep_checkpoints_without_metrics=False)
-            keep.append(best)
-        self._best_metric = config.best_metric
+        self._retention = _Retention(config)
+        self._under_way: int | None = None
+        self._failure: str | None = None  # of the newest save
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
+                preservation_policy=self._retention,
                 save_decision_policy=policies.FixedIntervalPolicy(1),
                 cleanup_tmp_directories=True,
             ),
             item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
         )
+        for step in self.steps:
+            with contextlib.suppress(*_DAMAGE):  # which `restore` reports
+                self._retention.rank(step, self._meta(step)["scores"])
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception) -> None:
-        try:
-            self._manager.wait_until_finished()
-        except Exception as error:  # orbax raises whatever its writer thread met
-            log.error(
-                "The last checkpoint was not written: %s. Older checkpoints in %s are intact.", error, self.folder
-            )
-            if exception[0] is None:
-                raise CheckpointError(f"The last checkpoint in {self.folder} was not written: {error}") from error
-        finally:
-            self._manager.close()
+    def __exit__(self, kind, *_) -> None:
+        self._wait()
+        self._manager.close()
+        if self._failure is not None and kind is None:
+            raise CheckpointError(f"The last checkpoint was not written. {self._failure}")
 
     @property
     def steps(self) -> list[int]:
-        """Steps that are on disk, ascending."""
+        """Steps that are on disk, or on their way there, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, state: PyTree, meta: dict[str, Any], metrics: dict[str, float] | None) -> bool:
-        """Starts to save in the background; False, with a message, if the disk or the previous save failed.
+    def save(self, step: int, state: PyTree, meta: dict[str, Any], scores: dict[str, float] | None) -> bool:
+        """Starts to save in the background; False, with a message, if that fails at once.
 
-        Training goes on after a failed save: what is on disk stays, and the next save tries again.
+        Args:
+          step: names the checkpoint. One that exists is left as it is.
+          state: arrays that the caller may donate as soon as this returns.
+          meta: plain JSON; anything else raises TypeError.
+          scores: the evaluation at this step by which checkpoints are ranked, if there was one.
         """
-        ranked = metrics if metrics and self._best_metric in metrics else None
+        self._wait()
+        if step in self.steps:
+            return True
+        meta = {**meta, "scores": scores or {}}
+        json.dumps(meta)  # a hook's state that is not JSON is a mistake to be told now, not a failed save
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
+        self._retention.rank(step, meta["scores"])
+        self._under_way, self._failure = step, None
         try:
-            if step in self._manager.all_steps():
-                return True
-            return bool(self._manager.save(step, args=args, metrics=ranked))
-        except Exception as error:  # orbax raises whatever its writer thread met
-            log.error(
-                "Checkpoint at step %d failed: %s. Training goes on; checkpoints on disk: %s.", step, error, self.steps
-            )
-            return False
+            if not self._manager.save(step, args=args):
+                raise CheckpointError("orbax declined to save it")
+        except Exception as error:  # the file system's, orbax's or tensorstore's, of many types
+            self._failed(error)
+        return self._failure is None
 
     def restore(self, target: PyTree, expected: dict[str, Any]) -> tuple[PyTree, dict[str, Any]]:
-        """The newest checkpoint that can be read, and its metadata.
+        """The newest checkpoint that can be read, and its metadata. Newer ones that cannot are deleted, with a warning.
 
         Args:
           target: the abstract state with shardings: the checkpoint may come from another mesh.
           expected: the run's description; every entry should equal the checkpoint's.
 
         Raises:
-          Mismatch: the checkpoint belongs to another run. This never falls back.
+          Mismatch: the checkpoint belongs to another run. This never falls back, and deletes nothing.
           CheckpointError: none can be read.
         """
         damaged = {}
         for step in reversed(self.steps):
             try:
-                meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+                meta = self._meta(step)
                 saved = self._manager.item_metadata(step)["state"].tree
+                _compare(self.folder, step, expected, meta["run"], saved, target)
+                args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+                state = self._manager.restore(step, args=args)["state"]
             except _DAMAGE as error:
                 damaged[step] = _short(error)
-                self._loud(step, damaged[step])
                 continue
-            _compare(self.folder, step, expected, meta["run"], saved, target)
-            try:
-                restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))
-            except _DAMAGE as error:
-                damaged[step] = _short(error)
-                self._loud(step, damaged[step])
-                continue
-            for broken in damaged:
+            for broken, reason in damaged.items():
+                message = f"Checkpoint {broken} in {self.folder} is damaged; going on from checkpoint {step}."
+                warnings.warn(f"{message} ({reason})", RuntimeWarning, stacklevel=5)
                 self._manager.delete(broken)  # else its step could not be saved again
-            return restored["state"], meta
+            return state, meta
         raise CheckpointError(
             f"None of the checkpoints in {self.folder} can be read: {damaged}. Choose another workdir, or move "
             f"these folders away to start anew."
         )
 
-    def _loud(self, step: int, reason: str) -> None:
-        message = f"Checkpoint {step} in {self.folder} is damaged and is left out; trying an older one. ({reason})"
-        warnings.warn(message, RuntimeWarning, stacklevel=4)
+    def _meta(self, step: int) -> dict[str, Any]:
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+    def _wait(self) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # whatever the writer thread met
+            self._failed(error)
+        self._under_way = None
+
+    def _failed(self, error: Exception) -> None:
+        for leftover in self.folder.glob(f"{self._under_way}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(leftover, ignore_errors=True)  # it takes the room that the next save needs
+        self._manager.reload()
+        self._failure = f"Saving step {self._under_way} failed: {_short(error)} On disk in {self.folder}: {self.steps}."
+        log.error("%s Training goes on; the next save tries again.", self._failure)
+
+
+class _Retention:
+    """Orbax's preservation policy: the newest checkpoints, and the best of those with a score.
+
+    Scores come from the checkpoints' metadata, so a resumed run knows those of earlier ones. (Orbax's own `BestN` does
+    not: without its older `best_fn` it keeps metrics in memory only.)
+    """
+
+    def __init__(self, config: TrainerConfig):
+        self._latest, self._best, self._metric = config.keep_latest, config.keep_best, config.best_metric
+        self._sign = 1.0 if config.best_mode == "max" else -1.0
+        self._scores: dict[int, float] = {}
+
+    def rank(self, step: int, scores: dict[str, float]) -> None:
+        """Takes note of a checkpoint's scores; one that is not finite does not count."""
+        if scores and self._best and self._metric not in scores:
+            message = f"TrainerConfig(best_metric={self._metric!r}) is none of the evaluated"
+            warnings.warn(f"{message} {sorted(scores)}: nothing is kept as the best.", RuntimeWarning, stacklevel=2)
+        value = self._sign * scores.get(self._metric, math.nan)
+        if math.isfinite(value):
+            self._scores[step] = value
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """For each checkpoint, whether it stays."""
+        steps = sorted(info.step for info in checkpoints)
+        ranked = sorted((step for step in steps if step in self._scores), key=lambda step: (self._scores[step], step))
+        kept = {*steps[-self._latest :], *ranked[len(ranked) - min(self._best, len(ranked)) :]}
+        return [info.step in kept for info in checkpoints]
 
 
 def read_params(
@@ -161,16 +211,23 @@ def read_params(
                 f"load_model(workdir={os.fspath(workdir)!r}, step={step}): the checkpoints there are {steps}."
             )
         chosen = steps[-1] if step is None else step
-        saved = manager.item_metadata(chosen)["state"].tree
-        differences = _spec_differences({name: saved.get(name) for name in target}, target)
-        if differences:
-            raise Mismatch(_differ(folder, chosen, differences))
         args = ocp.args.PyTreeRestore(
             target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
-        return chosen, manager.restore(chosen, args=ocp.args.Composite(state=args))["state"]
+        try:
+            saved = manager.item_metadata(chosen)["state"].tree
+            differences = _spec_differences({name: saved.get(name) for name in target}, target)
+            if differences:
+                raise Mismatch(_differ(folder, chosen, differences))
+            return chosen, manager.restore(chosen, args=ocp.args.Composite(state=args))["state"]
+        except _DAMAGE as error:
+            raise CheckpointError(
+                f"Checkpoint {chosen} in {folder} is damaged: {_short(error)} The others there are "
+                f"{[other for other in steps if other != chosen]}; choose one with load_model(step=...)."
+            ) from error
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that a run depends on."""
     return {name: importlib.metadata.version(name) for name in VERSIONED}
@@ -212,7 +269,7 @@ def _spec_differences(saved: PyTree, wanted: PyTree) -> list[str]:
     want = {name: signature(plain(v)) for name, v in flat(wanted).items()}
     return [
         f"{name}: {have.get(name, 'absent')} in the checkpoint, {want.get(name, 'absent')} now"
-        for name in sorted(have.keys() | want.keys())
+        for name in sorted(have.keys() | want.keys(), key=lambda name: (not name.startswith("params/"), name))
         if have.get(name) != want.get(name)
     ]
 
@@ -222,7 +279,7 @@ def _check_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".curvtrain-{os.getpid()}"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # a process of the same number on another host may have been faster
     except OSError as error:
         raise ValueError(
             f"TrainerConfig(workdir={os.fspath(folder)!r}) cannot be written: {error}. Choose another folder."

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 
 from jax.sharding import PartitionSpec
@@ -69,11 +70,36 @@ class TrainerConfig:
         if self.ema is not None:
             _checks.number_in(name("ema"), self.ema, 0.0, 1.0, open_high=True)
         _checks.one_of(name("best_mode"), self.best_mode, ("min", "max"))
+        if isinstance(self.writers, str):
+            raise TypeError(f"{name('writers')} should be a list of names, such as [{self.writers!r}], not one name.")
         for writer in self.writers:
             _checks.one_of(name("writers"), writer, WRITERS)
+        if not isinstance(self.workdir, str | os.PathLike | None):
+            raise TypeError(f"{name('workdir')} should be a path or None, not {type(self.workdir).__name__}.")
+        if not isinstance(self.mesh, Mapping):
+            raise TypeError(
+                f"{name('mesh')} should be a dict of axes and sizes, such as {{'data': -1}}, not {self.mesh!r}."
+            )
         if isinstance(self.sharding, str):
             _checks.one_of(name("sharding"), self.sharding, ("replicated", "fsdp"))
+        else:
+            _check_rules(name("sharding"), self.sharding)
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"TrainerConfig(accumulate) should divide batch_size={self.batch_size}, and {self.accumulate} does not."
             )
+
+
+def _check_rules(argument: str, rules: ShardingRules) -> None:
+    """Raises TypeError or ValueError unless every rule is a regular expression and a PartitionSpec."""
+    for rule in rules:
+        pair = isinstance(rule, tuple | list) and len(rule) == 2
+        if not (pair and isinstance(rule[0], str) and isinstance(rule[1], PartitionSpec)):
+            raise TypeError(
+                f"{argument} should be 'replicated', 'fsdp' or a list of (regular expression, PartitionSpec) pairs; "
+                f"{rule!r} is not such a pair."
+            )
+        try:
+            re.compile(rule[0])
+        except re.error as error:
+            raise ValueError(f"{argument}: {rule[0]!r} is not a regular expression: {error}.") from error

@@ -8,10 +8,11 @@ import abc
 import functools
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from curvtrain.objective import batch_size as size_of
@@ -22,12 +23,22 @@ Batch = dict[str, np.ndarray]
 TRAIN, CURVATURE = 0, 1  # streams: what refreshes draw never shifts the order of the training data
 
 
+class Batches(Protocol):
+    """An iterator whose position can be saved."""
+
+    def __next__(self) -> Batch: ...
+
+    def get_state(self) -> dict[str, Any]: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
 class TrainData(abc.ABC):
     """Endless training batches, this process's rows of each."""
 
     @abc.abstractmethod
-    def iterator(self, stream: int = TRAIN, multiple: int = 1) -> grain.DatasetIterator:
-        """A fresh iterator with `get_state` and `set_state`; its batches hold `multiple` times the training batch."""
+    def iterator(self, stream: int = TRAIN, multiple: int = 1) -> Batches:
+        """A fresh iterator whose batches hold `multiple` times the training batch."""
 
     @abc.abstractmethod
     def first(self) -> Batch:
@@ -58,7 +69,7 @@ class ArrayData(TrainData):
             raise ValueError(
                 f"CurvatureSchedule(batch_size={size}) is more than the {size_of(self.arrays)} examples of train_data."
             )
-        source = _Shuffled(self.arrays, size, (self.seed, stream), self.shard, self.shards)
+        source = self._source(stream, size, self.shard, self.shards)
         # no prefetch thread: a gather costs less than handing a batch from one thread to another
         return iter(grain.MapDataset.source(source).to_iter_dataset(grain.ReadOptions(num_threads=0)))
 
@@ -74,8 +85,11 @@ class ArrayData(TrainData):
             "examples": size_of(self.arrays),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "checksum": checksum(self.first()) if self.shards == 1 else None,
+            "checksum": checksum(self._source(TRAIN, self.batch_size, 0, 1)[0]),  # of the global batch
         }
+
+    def _source(self, stream: int, size: int, shard: int, shards: int) -> "_Shuffled":
+        return _Shuffled(self.arrays, size, (self.seed, stream), shard, shards)
 
 
 class GrainData(TrainData):
@@ -83,7 +97,10 @@ class GrainData(TrainData):
 
     def __init__(self, dataset: grain.MapDataset | grain.IterDataset, batch_size: int, shards: int = 1):
         self.dataset, self.batch_size, self.shards = dataset, batch_size, shards
-        self._first = self._read_first()
+        try:
+            self._first = check_arrays("train_data", next(iter(_batches("train_data", dataset))))
+        except StopIteration:
+            raise ValueError("train_data is an empty grain dataset.") from None
         found, wanted = size_of(self._first), batch_size // shards
         if found != wanted:
             raise ValueError(
@@ -91,18 +108,9 @@ class GrainData(TrainData):
                 f"{shards} processes needs {wanted}: end the dataset with .batch({wanted}, drop_remainder=True)."
             )
 
-    def _read_first(self) -> Batch:
-        try:
-            first = next(iter(_iterable(self.dataset)))
-        except StopIteration:
-            raise ValueError("train_data is an empty grain dataset.") from None
-        if not isinstance(first, Mapping):
-            raise TypeError(f"train_data should yield dicts of arrays, not {type(first).__name__}.")
-        return {name: np.asarray(value) for name, value in first.items()}
-
     def iterator(self, stream=TRAIN, multiple=1):
-        dataset = _iterable(self.dataset)
-        return iter(dataset if multiple == 1 else dataset.batch(multiple, drop_remainder=True).map(_flatten))
+        dataset = _batches("train_data", self.dataset)
+        return _Endless(iter(dataset if multiple == 1 else dataset.batch(multiple, drop_remainder=True).map(_flatten)))
 
     def first(self):
         return self._first
@@ -130,23 +138,24 @@ def make_train_data(data: Any, batch_size: int, seed: int) -> TrainData:
     )
 
 
-def eval_batches(data: Any, batch_size: int) -> Iterator[Batch]:
+def eval_batches(data: Any, batch_size: int, argument: str = "eval_data") -> Iterator[Batch]:
     """Batches of exactly `batch_size` rows over the whole of `data`, in order; the last one is padded and masked.
 
-    Padding repeats the last row, and `mask` marks what is real (times a mask that the data has of its own).
+    Padding repeats the last row, and `mask` marks what is real (times a mask that the data has of its own). `argument`
+    is what errors call the data.
     """
     if isinstance(data, Mapping):
-        arrays = check_arrays("eval_data", data)
+        arrays = check_arrays(argument, data)
         examples = size_of(arrays)
         pieces: Iterator[Batch] = (
             {name: a[start : start + batch_size] for name, a in arrays.items()}
             for start in range(0, examples, batch_size)
         )
     elif isinstance(data, grain.MapDataset | grain.IterDataset):
-        pieces = _recut(_iterable(data), batch_size)
+        pieces = _recut(_batches(argument, data), batch_size)
     else:
         raise TypeError(
-            f"eval_data should be a dict of numpy arrays or a finite grain dataset, not {type(data).__name__}."
+            f"{argument} should be a dict of numpy arrays or a finite grain dataset, not {type(data).__name__}."
         )
     for piece in pieces:
         yield _padded(piece, batch_size)
@@ -158,10 +167,16 @@ def check_arrays(argument: str, arrays: Arrays) -> Batch:
         raise ValueError(f"{argument} is an empty dict; it should hold arrays such as 'image' and 'label'.")
     out = {}
     for name, value in arrays.items():
-        array = np.asarray(value)
-        if array.dtype == object or array.ndim == 0:
-            what = "ragged or not numeric" if array.dtype == object else "a scalar"
-            raise TypeError(f"{argument}[{name!r}] should be an array with one row per example; it is {what}.")
+        try:
+            array = np.asarray(value)
+            numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_))
+            what = (
+                "a scalar" if array.ndim == 0 else "" if numeric else f"of type {array.dtype} (ragged, or not numbers)"
+            )
+        except ValueError:  # what NumPy says of ragged lists
+            what = "ragged"
+        if what:
+            raise TypeError(f"{argument}[{name!r}] should be an array of numbers, a row per example; it is {what}.")
         out[name] = array
     lengths = {name: len(array) for name, array in out.items()}
     if len(set(lengths.values())) > 1:
@@ -200,8 +215,33 @@ class _Shuffled(grain.sources.RandomAccessDataSource[Batch]):
         return {name: array[rows] for name, array in self._arrays.items()}
 
 
-def _iterable(dataset: grain.MapDataset | grain.IterDataset) -> grain.IterDataset:
-    return dataset.to_iter_dataset() if isinstance(dataset, grain.MapDataset) else dataset
+class _Endless:
+    """The batches of a grain dataset for training; their end is an error, for only the dataset can repeat itself."""
+
+    def __init__(self, batches: grain.DatasetIterator):
+        self._batches = batches
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            raise ValueError(
+                "train_data ended before the run did: a grain dataset for training should repeat, as in "
+                "dataset.repeat().batch(batch_size, drop_remainder=True)."
+            ) from None
+
+
+def _batches(argument: str, dataset: grain.MapDataset | grain.IterDataset) -> grain.IterDataset:
+    """The elements of a dataset as dicts of numpy arrays."""
+    iterable = dataset.to_iter_dataset() if isinstance(dataset, grain.MapDataset) else dataset
+    return iterable.map(functools.partial(_as_batch, argument))
+
+
+def _as_batch(argument: str, element: Any) -> Batch:
+    if not isinstance(element, Mapping):
+        raise TypeError(f"{argument} should yield batches, dicts of arrays, not {type(element).__name__}.")
+    return {name: np.asarray(value) for name, value in element.items()}
 
 
 def _flatten(batches: Batch) -> Batch:
@@ -213,7 +253,6 @@ def _recut(batches: Any, size: int) -> Iterator[Batch]:
     """Batches of any sizes as batches of `size`, the last one shorter."""
     held: Batch = {}
     for batch in batches:
-        batch = {name: np.asarray(a) for name, a in batch.items()}
         held = {name: np.concatenate([held[name], a]) for name, a in batch.items()} if held else batch
         while size_of(held) >= size:
             yield {name: a[:size] for name, a in held.items()}

@@ -3,6 +3,7 @@
 import abc
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ class Run:
       step: optimizer steps done.
       state: the training state after them. The next step donates its buffers: read it now, keep copies.
       metrics: the latest logged scalars by name, "train/loss", "eval/accuracy", "curvature/eigenvalue_max", ...
+      logged_at: the step at which each of them was logged.
       last: whether this is the last call of the run.
     """
 
@@ -26,6 +28,7 @@ class Run:
         self.step = 0
         self.state: TrainState | None = None
         self.metrics: dict[str, float] = {}
+        self.logged_at: dict[str, int] = {}
         self.last = False
         self.stop_reason: str | None = None
         self._write = write
@@ -35,9 +38,14 @@ class Run:
         """Ends training after this step; the run is evaluated and saved as at its last step."""
         self.stop_reason = reason
 
+    def record(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Takes over what was logged at a step; the loop calls it."""
+        self.metrics.update(scalars)
+        self.logged_at.update(dict.fromkeys(scalars, step))
+
     def write(self, scalars: Mapping[str, float]) -> None:
         """Logs scalars of the hook's own at this step."""
-        self._write(self.step, dict(scalars))
+        self._write(self.step, {name: float(value) for name, value in scalars.items()})
 
 
 class Hook(abc.ABC):
@@ -75,7 +83,9 @@ class Call(Hook):
 
 
 class EarlyStopping(Hook):
-    """Stops when a logged metric has not improved for `patience` evaluations.
+    """Stops when a logged metric has not improved for `patience` evaluations: times that it was logged.
+
+    Warns if it is not among what is logged.
 
     Args:
       metric: its logged name, such as "eval/loss".
@@ -94,15 +104,11 @@ class EarlyStopping(Hook):
 
     def __call__(self, run):
         if self._metric not in run.metrics:
-            if run.last:
-                raise KeyError(
-                    f"EarlyStopping(metric={self._metric!r}) was never logged; there are {sorted(run.metrics)}."
-                )
+            self._warn_if_missing(run)
             return
-        seen_at = int(run.metrics.get("eval/step", run.step)) if self._metric.startswith("eval/") else run.step
-        if seen_at == self._seen_at:
+        if run.logged_at[self._metric] == self._seen_at:
             return
-        self._seen_at = seen_at
+        self._seen_at = run.logged_at[self._metric]
         value = self._sign * run.metrics[self._metric]
         if value < self._best - self._min_delta:
             self._best, self._waited = value, 0
@@ -112,6 +118,12 @@ class EarlyStopping(Hook):
             run.stop(
                 f"{self._metric} has not improved on {self._sign * self._best:.4g} for {self._patience} evaluations"
             )
+
+    def _warn_if_missing(self, run: Run) -> None:
+        group = self._metric.split("/")[0] + "/"
+        if run.last or any(name.startswith(group) for name in run.metrics):
+            names = sorted(run.metrics)
+            warnings.warn(f"EarlyStopping(metric={self._metric!r}) is not among the logged {names}.", stacklevel=3)
 
     def state_dict(self):
         return {"best": None if math.isinf(self._best) else self._best, "waited": self._waited, "seen": self._seen_at}

@@ -7,6 +7,7 @@ next batch is drawn, so the iterators' positions in it are those of the next ste
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import signal
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import jax
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 
 from curvtrain.trainer.checkpoint import Checkpoints
 from curvtrain.trainer.checkpoint import versions as checkpoint_versions
@@ -28,6 +30,8 @@ from curvtrain.trainer.progress import Clock, ProgressReport
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.step import telemetry
 from curvtrain.trainer.writers import open_writers
+
+log = logging.getLogger("curvtrain")
 
 IN_FLIGHT = 4  # steps that the host may run ahead of the devices: bounds the batches that wait there
 
@@ -65,42 +69,51 @@ class Loop:
     def __init__(self, plan: Plan, eval_data: Any, hooks: Iterable[Hook], state: TrainState | None, positions: Any):
         self.plan, self.config, self.eval_data, self.hooks = plan, plan.config, eval_data, list(hooks)
         self.state: Any = state
-        self.positions = positions
         self.history: list[dict[str, float]] = []
         self.view = Run(self._record, print)
+        self._positions = positions  # of an earlier call
+        self._train_batches: Any = None
+        self._curvature_batches: Any = None
         self._window: list[Metrics] = []  # of the steps since the last log
         self._clock = Clock()
         self._sigterm = False
+
+    @property
+    def positions(self) -> dict[str, Any] | None:
+        """Where the data iterators are."""
+        if self._train_batches is None:
+            return self._positions
+        return {"train": self._train_batches.get_state(), "curvature": self._curvature_batches.get_state()}
 
     # -- the loop --------------------------------------------------------------------------------------------------
 
     def run(self) -> FitResult:
         """Trains to `config.steps`, from the newest checkpoint if the workdir holds one."""
         began, config, view = time.perf_counter(), self.config, self.view
-        self.plan.lower(self.plan.kind(0))  # what is wrong with model or optimizer shows before anything is written
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._catch_sigterm())  # outermost: a second one must not cut short the last save
+            self.plan.lower(self.plan.kind(0))  # what is wrong with model or optimizer shows before anything is written
             self._checkpoints = None if config.workdir is None else stack.enter_context(Checkpoints(config))
-            stack.enter_context(self._catch_sigterm())
+            self._description = self.plan.description()
             start = self._restore_or_init()
             main = jax.process_index() == 0
             self._report = ProgressReport(main and config.progress is not False, start, config.steps)
             stack.callback(self._report.close)
-            folder = Path(config.workdir) if config.workdir is not None and main else None
+            view.step, view.state, view.say = start, self.state, self._report.say
+            complete = start >= config.steps and self._is_evaluated()  # nothing is left to be logged
+            folder = Path(config.workdir) if config.workdir is not None and main and not complete else None
             self._writer = open_writers(config.writers, folder, start)
-            stack.callback(self._writer.close)
+            stack.callback(self._close_writer)
             for hook in self.hooks:
                 stack.callback(hook.close)
-            view.step, view.state, view.say = start, self.state, self._report.say
             self._announce(start)
-            if start >= config.steps:
-                self._evaluate()
+            if start >= config.steps or (start and self._due(config.eval_every) and not self._is_evaluated()):
+                self._evaluate()  # the latter: what SIGTERM cut short
             for step in range(start, config.steps):
                 self._step(step)
-                ending = self._between_steps(step + 1)
-                if ending:
+                if self._between_steps():
                     break
-        self.positions = self._read_positions()
-        if self._sigterm and view.step < config.steps:
+        if self._sigterm:
             raise Preempted(0)
         seconds = time.perf_counter() - began
         return FitResult(view.step, dict(view.metrics), self.history, seconds, view.stop_reason)
@@ -120,54 +133,64 @@ class Loop:
             jax.block_until_ready(self._window[-IN_FLIGHT])
         self.view.step, self.view.state = step + 1, self.state
 
-    def _read_positions(self) -> dict[str, Any]:
-        return {"train": self._train_batches.get_state(), "curvature": self._curvature_batches.get_state()}
+    def _between_steps(self) -> bool:
+        """Logs, evaluates, calls hooks and saves, as they are due; whether the run ends here.
 
-    def _between_steps(self, done: int) -> bool:
-        """Logs, evaluates, calls hooks and saves, as they are due after `done` steps; whether the run ends here."""
-        config, due = self.config, lambda every: every is not None and done % every == 0
-        ending = done == config.steps or self._sigterm
-        if ending or due(config.log_every):
+        After SIGTERM there is no time: an evaluation is broken off, and hooks are not called for a last time.
+        """
+        config, view, due = self.config, self.view, self._due
+        finished = view.step == config.steps
+        if finished or due(config.log_every):
             self._log()
         with self._clock.pause():
-            if due(config.eval_every) or done == config.steps:
+            if finished or due(config.eval_every):
                 self._evaluate()
             for hook in self.hooks:
-                if due(hook.every) and not ending:
-                    hook(self.view)
-            if self.view.stop_reason is not None and not ending:
-                self._log()
-                self._evaluate()
-            ending = ending or self.view.stop_reason is not None or self._sigterm
+                if due(hook.every) and not finished:
+                    hook(view)
+            finished = finished or view.stop_reason is not None
+            self._poll_preemption()
+            ending = finished or self._sigterm
             if ending:
-                self.view.last = True
+                self._log()
+            if finished and not self._sigterm:
+                if not self._is_evaluated():
+                    self._evaluate()
+                view.last = True
                 for hook in self.hooks:
-                    hook(self.view)
+                    hook(view)
             if ending or due(config.save_every):
                 self._save()
         return ending
 
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.view.step % every == 0
+
     # -- beginning -------------------------------------------------------------------------------------------------
 
     def _restore_or_init(self) -> int:
-        """Sets state and data positions, from the newest checkpoint, an earlier call, or the beginning: the step."""
+        """Sets the state, and what else there is, from the newest checkpoint, an earlier call, or anew: the step."""
         plan = self.plan
         meta: dict[str, Any] = {}
         if self._checkpoints is not None and self._checkpoints.steps:
-            self.state, meta = self._checkpoints.restore(plan.state, plan.description())
+            self.state, meta = self._checkpoints.restore(plan.state, self._description)
         elif self.state is None:
             self.state = plan.initial_state()
-        step = int(self.state.step)
+        positions = meta.get("positions", self._positions)
         self._train_batches = plan.data.iterator(TRAIN)
         self._curvature_batches = plan.data.iterator(CURVATURE, plan.refresh_multiple)
-        positions = meta.get("positions", self.positions)
         if positions is not None:
             self._train_batches.set_state(positions["train"])
             self._curvature_batches.set_state(positions["curvature"])
-        for hook, saved in zip(self.hooks, meta.get("hooks", []), strict=False):
-            if saved["kind"] == type(hook).__name__:
-                hook.load_state_dict(saved["state"])
-        return step
+        for name, (at, value) in meta.get("logged", {}).items():
+            self.view.record(at, {name: value})
+        memories = list(meta.get("hooks", []))
+        for hook in self.hooks:
+            own = next((memory for memory in memories if memory["kind"] == type(hook).__name__), None)
+            if own is not None:
+                memories.remove(own)
+                hook.load_state_dict(own["state"])
+        return int(self.state.step)
 
     def _announce(self, start: int) -> None:
         say, plan = self._report.say, self.plan
@@ -182,21 +205,20 @@ class Loop:
 
     def _log(self) -> None:
         """Averages and records the metrics of the steps since the last log. Raises Diverged if one is not finite."""
-        window, self._window = jax.device_get(self._window), []
-        if not window:
+        if not self._window:
             return
+        self._check_losses()
+        window, self._window = jax.device_get(self._window), []
         rate = len(window) / self._clock.seconds
         self._clock.restart()
-        first = self.view.step - len(window) + 1
-        for i, seen in enumerate(window):
-            loss = float(seen["loss"].compute())
-            if not math.isfinite(loss):
-                raise self._diverged(f"The training loss is {loss} at step {first + i} (seen in steps {first} to")
         scalars = {f"train/{name}": value for name, value in compute(functools.reduce(merge, window)).items()}
         scalars |= {name: float(value) for name, value in jax.device_get(telemetry(self.state)).items()}
         scalars["steps_per_second"] = rate
         self._record(self.view.step, scalars)
         self._report.log(self.view.step, scalars, rate)
+
+    def _is_evaluated(self) -> bool:
+        return self.view.logged_at.get("eval/loss") == self.view.step
 
     def _evaluate(self) -> None:
         if self.eval_data is None:
@@ -205,47 +227,63 @@ class Loop:
         if scores is None:  # interrupted by SIGTERM
             return
         self._record(self.view.step, {f"eval/{name}": value for name, value in scores.items()})
-        self.view.metrics["eval/step"] = float(self.view.step)
         shown = "  ".join(f"eval/{name} {value:.4g}" for name, value in scores.items())
         self._report.say(f"step {self.view.step:>{len(str(self.config.steps))}}/{self.config.steps}  {shown}")
 
     def _save(self) -> None:
+        self._check_losses()
+        if not bool(self.plan.all_finite((self.state.params, self.state.ema))):
+            raise self._diverged(f"The parameters are not finite after step {self.view.step}")
         if self._checkpoints is None:
             return
-        if self._window and not bool(self.plan.all_finite(self.state.params)):
-            self._log()  # names the step, if the loss shows it
-        if not bool(self.plan.all_finite(self.state.params)):
-            raise self._diverged("The parameters are not finite (seen in steps")
+        metrics, logged_at = self.view.metrics, self.view.logged_at
+        scores = {name[5:]: value for name, value in metrics.items() if name.startswith("eval/")}
         meta = {
-            "run": self.plan.description(),
+            "run": self._description,
             "versions": checkpoint_versions(),
             "config": {name: repr(value) for name, value in dataclasses.asdict(self.config).items()},
             "mesh": dict(self.plan.mesh.shape),
-            "positions": self._read_positions(),
+            "positions": self.positions,
+            "logged": {name: (logged_at[name], value) for name, value in metrics.items()},
             "hooks": [{"kind": type(hook).__name__, "state": hook.state_dict()} for hook in self.hooks],
         }
-        current = self.view.metrics.get("eval/step") == self.view.step
-        scores = {name[5:]: value for name, value in self.view.metrics.items() if name.startswith("eval/")}
-        self._checkpoints.save(self.view.step, self.state, meta, scores if current else None)
+        self._checkpoints.save(self.view.step, self.state, meta, scores if self._is_evaluated() else None)
 
     def _record(self, step: int, scalars: dict[str, float]) -> None:
-        self.view.metrics.update(scalars)
+        self.view.record(step, scalars)
         self.history.append({"step": step, **scalars})
-        self._writer.write(step, scalars)
+        with _reported(f"What was logged at step {step}"):
+            self._writer.write(step, scalars)
+
+    def _close_writer(self) -> None:
+        with _reported("The end of the log"):
+            self._writer.close()
 
     # -- ending early ----------------------------------------------------------------------------------------------
+
+    def _check_losses(self) -> None:
+        """Raises Diverged at the first step since the last log whose loss is not finite."""
+        first, last = self.view.step - len(self._window) + 1, self.view.step
+        for step, seen in enumerate(jax.device_get(self._window), start=first):
+            loss = float(seen["loss"].compute())
+            if not math.isfinite(loss):
+                raise self._diverged(f"The training loss is {loss} at step {step} (seen in steps {first} to {last})")
 
     def _diverged(self, what: str) -> Diverged:
         newest = self._checkpoints.steps if self._checkpoints is not None else []
         where = f"The newest checkpoint is step {newest[-1]}." if newest else "There is no checkpoint."
-        advice = "Lower the learning rate, or raise the damping of the curvature."
-        return Diverged(f"{what} {self.view.step}). {where} {advice}")
+        return Diverged(f"{what}. {where} Lower the learning rate, or raise the damping of the curvature.")
+
+    def _poll_preemption(self) -> None:
+        """With several processes, all learn of a SIGTERM to any of them at the same step, from JAX's own service."""
+        if jax.process_count() > 1:
+            self._sigterm = multihost_utils.reached_preemption_sync_point(self.view.step)
 
     @contextlib.contextmanager
     def _catch_sigterm(self) -> Iterator[None]:
         """While training, SIGTERM asks for a save at the next step boundary."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread may install handlers
+        if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+            yield  # only the main thread may install handlers; that of JAX's service stays
             return
 
         def handler(*_):
@@ -255,7 +293,16 @@ class Loop:
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not Python's
+
+
+@contextlib.contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """A full disk does not end training: what could not be written is reported."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s was not written: %s", what, error)
 
 
 def evaluate(
@@ -263,9 +310,8 @@ def evaluate(
 ) -> dict[str, float] | None:
     """Metrics over all of `data`, exact over a ragged last batch; None if it was interrupted."""
     params = state.params if state.ema is None else state.ema
-    size = plan.config.eval_batch_size or plan.config.batch_size
     total: Metrics | None = None
-    for batch in eval_batches(data, size):
+    for batch in eval_batches(data, plan.eval_batch_size):
         if interrupted():
             return None
         seen = plan.eval_program(params, state.model_state, plan.put(batch))

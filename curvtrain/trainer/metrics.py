@@ -3,13 +3,29 @@
 from collections.abc import Mapping
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
 from curvtrain.losses import example_weights
+from curvtrain.objective import batch_size, safe
 
 Metrics = dict[str, clu_metrics.Metric]
+
+
+@flax.struct.dataclass
+class Mean(clu_metrics.Average):
+    """sum_i w_i v_i / sum_i w_i; zero, like the loss of an objective, where every example is masked."""
+
+    @classmethod
+    def of(cls, values: jax.Array, weights: jax.Array) -> "Mean":
+        """The mean of values with weights of their shape; a value of weight zero may be anything."""
+        total = jnp.sum(jnp.where(weights != 0, weights * values.astype(jnp.float32), 0.0))
+        return cls(total=total, count=jnp.sum(weights))
+
+    def compute(self) -> jax.Array:
+        return self.total / safe(self.count)
 
 
 def measure(values: Mapping[str, Any], batch: Any) -> Metrics:
@@ -21,10 +37,8 @@ def measure(values: Mapping[str, Any], batch: Any) -> Metrics:
       batch: its `mask` and `weights` weight the means.
 
     Raises:
-      TypeError, ValueError: another kind of value, or a shape without a batch axis.
+      ValueError: a value without a batch axis.
     """
-    if not isinstance(values, Mapping):
-        raise TypeError(f"Trainer.metrics should return a dict of per-example values, not {type(values).__name__}.")
     return {name: _metric(name, value, batch) for name, value in values.items()}
 
 
@@ -37,9 +51,12 @@ def _metric(name: str, value: Any, batch: Any) -> clu_metrics.Metric:
             f"Trainer.metrics[{name!r}] is a scalar; return one value per example, shape (batch,), so that the mean is "
             f"exact under padding and accumulation, or a clu.metrics.Metric."
         )
-    weights = example_weights(batch, value.shape)
-    total = jnp.sum(jnp.where(weights > 0, weights * value.astype(jnp.float32), 0.0))
-    return clu_metrics.Average(total=total, count=jnp.sum(weights))
+    if value.shape[0] != batch_size(batch):
+        raise ValueError(
+            f"Trainer.metrics[{name!r}] has shape {value.shape} for a batch of {batch_size(batch)} examples; return "
+            f"one value per example."
+        )
+    return Mean.of(value, example_weights(batch, value.shape))
 
 
 def merge(first: Metrics | None, second: Metrics) -> Metrics:
@@ -53,5 +70,11 @@ def reduce_pieces(stacked: Metrics) -> Metrics:
 
 
 def compute(metrics: Metrics | None) -> dict[str, float]:
-    """Plain numbers by name."""
-    return {} if metrics is None else {name: float(jax.device_get(m.compute())) for name, m in metrics.items()}
+    """Plain numbers by name. Raises ValueError for a `clu.metrics.Metric` that is not a number."""
+    return {name: _number(name, metric.compute()) for name, metric in (metrics or {}).items()}
+
+
+def _number(name: str, value: Any) -> float:
+    if jnp.shape(value) != ():
+        raise ValueError(f"Trainer.metrics[{name!r}] computes an array of shape {jnp.shape(value)}, not a number.")
+    return float(jax.device_get(value))

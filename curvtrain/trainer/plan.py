@@ -6,7 +6,7 @@ checkpoint is restored, and what the dry run reports on.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from curvtrain.losses import Loss
 from curvtrain.objective import Objective, annotated_specs, batch_size
 from curvtrain.trainer import sharding
 from curvtrain.trainer.config import TrainerConfig
-from curvtrain.trainer.data import Batch, check_arrays, make_train_data
+from curvtrain.trainer.data import CURVATURE, Batch, check_arrays, eval_batches, make_train_data
 from curvtrain.trainer.progress import human_bytes, table
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.step import Kind, MetricsFn, eval_step, train_step
@@ -53,10 +53,13 @@ class Plan:
         schedule: CurvatureSchedule,
     ):
         self.config, self.task, self.estimator, self.schedule = config, task, estimator, schedule
+        if isinstance(optimizer, optax.MultiSteps):  # takes extra arguments, but does not say so
+            optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
         self.tx = optax.with_extra_args_support(optimizer)
         self.mesh = sharding.make_mesh(config.mesh)
         self._check_batch_sizes()
         self.data = make_train_data(train_data, config.batch_size, config.seed)
+        self.data.iterator(CURVATURE, self.refresh_multiple)  # raises if the data does not hold so many examples
         self.state, self.objective = self._abstract_state()
         self.batch = self._abstract_batch(self.data.first())
         self.outputs = self._abstract_outputs()
@@ -83,9 +86,21 @@ class Plan:
                 f"{config.batch_size}): a refresh walks it in training batches."
             )
 
-    def check_eval_data(self, data: Any) -> None:
-        """Raises TypeError or ValueError if arrays to be evaluated do not fit the loss and the model."""
-        self.task.loss.check(check_arrays("eval_data", data), self.outputs)
+    def check_eval_data(self, data: Any, argument: str = "eval_data") -> None:
+        """Raises TypeError or ValueError if data to be evaluated does not fit the loss and the model.
+
+        Arrays are looked at as a whole, of a grain dataset the first batch.
+        """
+        first = next(eval_batches(data, self.eval_batch_size, argument), None)
+        if first is None:
+            raise ValueError(f"{argument} is an empty grain dataset.")
+        self.task.loss.check(check_arrays(argument, data if isinstance(data, Mapping) else first), self.outputs)
+        self.eval_program.eval_shape(self.state.params, self.state.model_state, self._abstract_batch(first))
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples per evaluation step."""
+        return self.config.eval_batch_size or self.config.batch_size
 
     @property
     def refresh_multiple(self) -> int:
@@ -105,7 +120,7 @@ class Plan:
         microbatch = None if accumulate == 1 else self.config.batch_size // accumulate
         objective, params = Objective.from_model(model, self.task.predict, self.task.loss, microbatch=microbatch)
         curvature = None if self.estimator is None else self.estimator.init(objective, params)
-        ema = None if self.config.ema is None else jax.tree.map(jnp.copy, params)
+        ema = None if self.config.ema is None else jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
         state = TrainState(
             step=jnp.int32(0),
             params=params,
@@ -216,7 +231,8 @@ class Plan:
     def eval_program(self) -> Any:
         """The evaluation step, `(params, model_state, batch) -> metrics`; compiled per shape of its batch."""
         return jax.jit(
-            eval_step(self.objective, self.task.metrics), out_shardings=NamedSharding(self.mesh, PartitionSpec())
+            eval_step(self.objective, self.task.metrics, self.state.params),
+            out_shardings=NamedSharding(self.mesh, PartitionSpec()),
         )
 
     @functools.cached_property

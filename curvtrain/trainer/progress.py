@@ -33,9 +33,9 @@ class ProgressReport:
         """A line of text."""
         self._console.print(text, markup=False)
 
-    def log(self, step: int, scalars: Mapping[str, float], rate: float, pending: str = "") -> None:
+    def log(self, step: int, scalars: Mapping[str, float], rate: float) -> None:
         """A line of scalars, with the rate in steps per second and the time left."""
-        shown = [f"{name} {value:.4g}" for name, value in list(scalars.items())[:MAX_SHOWN]]
+        shown = [f"{name} {value:.4g}" for name, value in scalars.items() if name != "steps_per_second"][:MAX_SHOWN]
         left = duration((self._steps - step) / rate) if rate > 0 else "?"
         width = len(str(self._steps))
         self.say("  ".join([f"step {step:>{width}}/{self._steps}", *shown, f"{rate:.1f} steps/s", f"{left} left"]))

@@ -98,7 +98,8 @@ def param_specs(shapes: PyTree, annotated: PyTree, sharding: str | ShardingRules
 def like_params(tree: PyTree, params: PyTree, specs: PyTree) -> PyTree:
     """Specs for a tree that contains copies of the parameters (moments, averages); everything else is replicated.
 
-    A leaf is a copy of the parameter whose path its own path ends in, if the shapes agree.
+    A leaf is a copy of the parameter whose path its own path ends in, if the shapes agree; or a stack of copies, if
+    they do but for a leading axis (the memory of L-BFGS, eigenvectors), which is not split.
     """
     known = {
         tuple(str(jax.tree_util.keystr((k,), simple=True)) for k in path): (leaf.shape, spec)
@@ -114,6 +115,8 @@ def like_params(tree: PyTree, params: PyTree, specs: PyTree) -> PyTree:
             shape, spec = known.get(names[-length:], (None, None))
             if shape == leaf.shape:
                 return spec
+            if shape == leaf.shape[1:]:
+                return PartitionSpec(None, *spec)
         return PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(choose, tree)
@@ -151,7 +154,8 @@ def _checked(name: str, spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh)
         for axis in axes:
             if axis not in mesh.shape:
                 raise ValueError(
-                    f"Sharding of {name}: {spec} names the mesh axis {axis!r}, but the mesh has {dict(mesh.shape)}."
+                    f"Sharding of {name}: {spec} names the mesh axis {axis!r}, but the mesh has {dict(mesh.shape)}. "
+                    f"Add it to TrainerConfig(mesh), with size 1 where it should not split anything."
                 )
         pieces = int(np.prod([mesh.shape[axis] for axis in axes]))
         if length % pieces:

@@ -63,8 +63,13 @@ def train_step(
         if estimator is not None and kind.refresh:
             wide = here if curvature_batch is None else here.with_microbatch(refresh_microbatch)
             data = batch if curvature_batch is None else curvature_batch
-            damping = optax.tree.get(state.opt_state, "damping", None)
-            curvature = estimator.refresh(curvature, wide, state.params, data, refresh_key, damping=damping)
+            curvature = estimator.refresh(
+                curvature, wide, state.params, data, refresh_key, damping=damping_of(state.opt_state)
+            )
+
+        # optax's line searches pass the other extra arguments on to value_fn, and reject those that it does not name
+        def value_fn(params, *, batch=batch, key=noise, objective=here, curvature=None):
+            return objective.loss(params, batch, key)
 
         updates, opt_state = tx.update(
             grads,
@@ -76,20 +81,36 @@ def train_step(
             key=noise,
             value=loss,
             grad=grads,
-            value_fn=lambda params: here.loss(params, batch, noise),
+            value_fn=value_fn,
         )
         params = optax.apply_updates(state.params, updates)
-        average = None if ema is None else optax.incremental_update(params, state.ema, 1.0 - ema)
+        average = None if ema is None else moving_average(state.ema, params, ema)
         state = TrainState(state.step + 1, params, model_state, opt_state, curvature, average, state.key)
         return state, reduce_pieces(seen)
 
     return step
 
 
-def eval_step(objective: Objective, metrics_fn: MetricsFn) -> Callable[[PyTree, PyTree, Any], Metrics]:
-    """The function `(params, model_state, batch) -> metrics` with running averages and without dropout."""
+def damping_of(opt_state: PyTree) -> jax.Array | None:
+    """The scalar named `damping` in an optimizer's state; None if there is none, or more than one."""
+    named = [value for _, value in optax.tree.get_all_with_path(opt_state, "damping")]
+    scalars = [value for value in named if isinstance(value, jax.Array) and value.ndim == 0]
+    return scalars[0] if len(scalars) == 1 else None
+
+
+def moving_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
+    """decay * average + (1 - decay) * params, in float32: in bfloat16, 0.999 is 1."""
+    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
+
+
+def eval_step(objective: Objective, metrics_fn: MetricsFn, like: PyTree) -> Callable[[PyTree, PyTree, Any], Metrics]:
+    """The function `(params, model_state, batch) -> metrics` with running averages and without dropout.
+
+    The parameters (an average of them, perhaps) are used in the dtypes of `like`.
+    """
 
     def step(params, model_state, batch):
+        params = jax.tree.map(lambda a, p: a.astype(p.dtype), params, like)
         outputs = objective.with_state(model_state).evaluation().predict(params, batch)
         return measure(metrics_fn(outputs, batch), batch)
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from curvtrain import _checks
 from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
 from curvtrain.losses import Loss
 from curvtrain.objective import Objective
@@ -16,6 +18,7 @@ from curvtrain.trainer.checkpoint import read_params
 from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.hooks import Hook
 from curvtrain.trainer.loop import FitResult, Loop, evaluate
+from curvtrain.trainer.metrics import Mean
 from curvtrain.trainer.plan import DryRun, Plan, Task
 from curvtrain.trainer.state import TrainState
 
@@ -57,21 +60,29 @@ class Trainer(abc.ABC):
         if not isinstance(config, TrainerConfig):
             raise TypeError(f"{name}(config) should be a TrainerConfig, not {type(config).__name__}.")
         if not isinstance(getattr(self, "loss", None), Loss):
-            raise TypeError(f"{name}.loss should be a curvtrain.losses.Loss, such as losses.SoftmaxCrossEntropy().")
+            found = repr(getattr(self, "loss", "absent"))
+            raise TypeError(
+                f"{name}.loss should be a curvtrain.losses.Loss, such as losses.SoftmaxCrossEntropy(), and is {found}."
+            )
         if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
             raise TypeError(f"{name}(optimizer) should be an optax transformation, not {type(optimizer).__name__}.")
         if curvature is not None and not isinstance(curvature, CurvatureEstimator):
             raise TypeError(f"{name}(curvature) should be a CurvatureEstimator, not {type(curvature).__name__}.")
         if schedule is not None and curvature is None:
             raise ValueError(f"{name}(schedule) was given without curvature: there is nothing to schedule.")
+        if schedule is not None and not isinstance(schedule, CurvatureSchedule):
+            raise TypeError(f"{name}(schedule) should be a CurvatureSchedule, not {type(schedule).__name__}.")
+        if isinstance(hooks, Hook):
+            raise TypeError(f"{name}(hooks) should be a list of hooks, not one {type(hooks).__name__}: put it in [].")
         for hook in hooks:
             if not isinstance(hook, Hook):
                 raise TypeError(f"{name}(hooks) should be Hooks, not {type(hook).__name__}; see hooks.Call.")
+            _checks.positive_int(f"{name}(hooks): {type(hook).__name__}.every", hook.every)
         self.config = config
         self._eval_data, self._hooks = eval_data, tuple(hooks)
         task = Task(name, self.build_model, self.predict, self.loss, self._metrics)
         self._plan = Plan(config, task, train_data, optimizer, curvature, schedule or CurvatureSchedule())
-        if isinstance(eval_data, Mapping):
+        if eval_data is not None:
             self._plan.check_eval_data(eval_data)
         self._state: TrainState | None = None
         self._positions: Any = None
@@ -122,8 +133,7 @@ class Trainer(abc.ABC):
         data = self._eval_data if data is None else data
         if data is None:
             raise ValueError(f"{type(self).__name__}.evaluate(data): there is no data, and no eval_data was given.")
-        if isinstance(data, Mapping):
-            self._plan.check_eval_data(data)
+        self._plan.check_eval_data(data, f"{type(self).__name__}.evaluate(data)")
         scores = evaluate(self._plan, self.state, data)
         assert scores is not None
         return scores
@@ -143,14 +153,14 @@ class Trainer(abc.ABC):
     @property
     def model(self) -> nnx.Module:
         """The model with the current parameters and state, in evaluation mode; a copy that training leaves alone."""
-        return self._module(self.state.params)
+        return self._module(self.state.params, self.state.model_state)
 
     @property
     def ema_model(self) -> nnx.Module:
         """The model with the averaged parameters; needs `config.ema`."""
         if self.state.ema is None:
             raise ValueError("ema_model needs TrainerConfig(ema=...), which is None.")
-        return self._module(self.state.ema)
+        return self._module(self.state.ema, self.state.model_state)
 
     def load_model(self, workdir: str | os.PathLike | None = None, step: int | None = None) -> nnx.Module:
         """The model of a checkpoint, for inference, in evaluation mode: the newest one, or that of `step`.
@@ -163,9 +173,9 @@ class Trainer(abc.ABC):
         if workdir is None:
             raise ValueError("load_model(workdir): there is none, and TrainerConfig(workdir) is None.")
         params = "params" if self.config.ema is None else "ema"
-        target = {params: self._plan.state.params, "model_state": self._plan.state.model_state}
+        target = {name: getattr(self._plan.state, name) for name in (params, "model_state")}
         _, parts = read_params(workdir, target, step)
-        return self._plan.objective.with_state(parts["model_state"]).evaluation().module(parts[params])
+        return self._module(parts[params], parts["model_state"])
 
     def dry_run(self) -> DryRun:
         """Memory and FLOPs of each program and bytes of the state, without allocating any of it. Print it."""
@@ -174,9 +184,13 @@ class Trainer(abc.ABC):
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _metrics(self, outputs: Any, batch: Any) -> Mapping[str, Any]:
-        return {"loss": self.loss.values(outputs, batch), **self.metrics(outputs, batch)}
+        values = self.metrics(outputs, batch)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{type(self).__name__}.metrics should return a dict, not {type(values).__name__}.")
+        return {**values, "loss": Mean.of(self.loss.values(outputs, batch), self.loss.weights(outputs, batch))}
 
-    def _module(self, params: Any) -> nnx.Module:
-        state = self.state
-        params, model_state = jax.tree.map(lambda a: a.copy(), (params, state.model_state))
+    def _module(self, params: Any, model_state: Any) -> nnx.Module:
+        # copies, for the next step donates the state; in the parameters' dtypes, which an average does not have
+        params = jax.tree.map(lambda a, p: jnp.array(a, p.dtype), params, self._plan.state.params)
+        model_state = jax.tree.map(jnp.array, model_state)
         return self._plan.objective.with_state(model_state).evaluation().module(params)

@@ -5,8 +5,9 @@ import csv
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 Scalars = dict[str, float]
 
@@ -27,16 +28,10 @@ class JsonLines(Writer):
     """`metrics.jsonl`: one object per write, {"step": 50, "train/loss": 0.3, ...}; not-a-number is null."""
 
     def __init__(self, folder: Path, first_step: int):
-        path = folder / "metrics.jsonl"
-        kept = [row for row in read_jsonl(path) if row["step"] <= first_step] if path.exists() else []
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        for row in kept:
-            self._line(row)
+        self._file = _reopen(folder / "metrics.jsonl", lambda line: json.loads(line)["step"] <= first_step)
 
     def write(self, step, scalars):
-        self._line({"step": step, **{name: value if math.isfinite(value) else None for name, value in scalars.items()}})
-
-    def _line(self, row):
+        row = {"step": step, **{name: value if math.isfinite(value) else None for name, value in scalars.items()}}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -47,15 +42,12 @@ class JsonLines(Writer):
 class Csv(Writer):
     """`metrics.csv`: one row per scalar, step,name,value, so that columns never change within a file."""
 
+    HEADER = "step,name,value\n"
+
     def __init__(self, folder: Path, first_step: int):
-        path = folder / "metrics.csv"
-        rows: list[list[str]] = []
-        if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                rows = [row for row in list(csv.reader(file))[1:] if len(row) == 3 and int(row[0]) <= first_step]
-        self._file = open(path, "w", newline="", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        self._writer = csv.writer(self._file)
-        self._writer.writerows([["step", "name", "value"], *rows])
+        keep = lambda line: line != self.HEADER and int(line.split(",")[0]) <= first_step
+        self._file = _reopen(folder / "metrics.csv", keep, self.HEADER)
+        self._writer = csv.writer(self._file, lineterminator="\n")
 
     def write(self, step, scalars):
         self._writer.writerows([step, name, value] for name, value in scalars.items())
@@ -107,6 +99,16 @@ KINDS = {"jsonl": JsonLines, "csv": Csv, "tensorboard": TensorBoard}
 def open_writers(names: Sequence[str], folder: Path | None, first_step: int) -> Writer:
     """The writers of a workdir, or none without one. `first_step` is the step that the run starts or resumes from."""
     return Many([] if folder is None else [KINDS[name](folder, first_step) for name in names])
+
+
+def _reopen(path: Path, keep: Callable[[str], bool], header: str = "") -> TextIO:
+    """The file, cut down to the lines to keep, to be written on. A line that a kill cut short is never kept."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and keep(line)]
+    rewritten = path.with_name(path.name + ".new")
+    rewritten.write_text(header + "".join(kept), encoding="utf-8")
+    os.replace(rewritten, path)  # at once: a kill here loses nothing
+    return open(path, "a", encoding="utf-8")
 
 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, float]]:

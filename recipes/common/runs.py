@@ -1,4 +1,4 @@
-"""What the recipes share: their options, their optimizers by name, and the comparison of a run with its base optimizer."""
+"""What the recipes share: their options, their optimizers by name, and the comparison with the base optimizer."""
 
 import dataclasses
 import os
@@ -117,7 +117,9 @@ def run(options: RunOptions, rates: Mapping[str, float], make_trainer: MakeTrain
     results = {}
     for name in names:
         rate = rates[name] if options.learning_rate is None else options.learning_rate
-        trainer = make_trainer(options.config(name), **_second_order(options, name, rate))
+        trainer = make_trainer(
+            options.config(name), **second_order(options, name, BASES[name.removeprefix("fosi_")](rate))
+        )
         if options.dry_run:
             print(f"{name}: {trainer.dry_run()}\n")
             continue
@@ -129,13 +131,12 @@ def run(options: RunOptions, rates: Mapping[str, float], make_trainer: MakeTrain
     return results
 
 
-def _second_order(options: RunOptions, name: str, rate: float) -> dict[str, Any]:
-    """The optimizer of a name, with the curvature that it consumes."""
+def second_order(options: RunOptions, name: str, base: optax.GradientTransformation) -> dict[str, Any]:
+    """The optimizer of a name over its base, with the curvature that it consumes: keywords of a Trainer."""
     if not name.startswith("fosi_"):
-        return dict(optimizer=BASES[name](rate))
-    base = name.removeprefix("fosi_")
+        return dict(optimizer=base)
     return dict(
-        optimizer=optim.fosi(BASES[base](rate), alpha=options.alpha, momentum=MOMENTUM[base]),
+        optimizer=optim.fosi(base, alpha=options.alpha, momentum=MOMENTUM[name.removeprefix("fosi_")]),
         curvature=curvature.Lanczos(k=options.k),
         schedule=curvtrain.CurvatureSchedule(
             refresh_every=options.refresh_every,

@@ -1,0 +1,55 @@
+"""Every recipe runs as a user runs it, goes on where it stopped, and says what it did."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+SMALL = {
+    "resnet_fosi.py": ["--width", "4", "--batch-size", "32", "--k", "2"],
+    "mlp_autoencoder.py": ["--sizes", "12", "4", "--k", "3"],
+    "char_lm.py": ["--model", "gru", "--layers", "1", "--width", "8", "--length", "8", "--batch-size", "8", "--k", "2"],
+}
+
+
+def run(recipe: str, *options: str, ok: bool = True) -> str:
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    command = [sys.executable, str(ROOT / "recipes" / recipe), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=600)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_recipe_trains_compares_and_resumes(recipe, tmp_path):
+    every = ["--refresh-every", "3", "--save-every", "4", "--eval-every", "4", "--log-every", "2"]
+    text = SMALL[recipe] if recipe != "char_lm.py" else [*SMALL[recipe], "--text", str(_text(tmp_path))]
+    common = [*text, *every, "--workdir", str(tmp_path / "run")]
+    first = run(recipe, *common, "--steps", "4", "--no-compare")
+    assert re.search(r"step 4/4 .* steps/s .* left", first)
+    second = run(recipe, *common, "--steps", "6")
+    assert "resumed after step 4" in second
+    table = re.search(r"optimizer +steps.*\n +fosi_adam +6 .*\n +adam +6 ", second)
+    assert table, second
+    assert (tmp_path / "run" / "comparison.png").stat().st_size > 10_000
+
+
+def test_wrong_options_say_what_to_do(tmp_path):
+    unknown = run("resnet_fosi.py", "--optimizer", "fosi_adm", "--workdir", str(tmp_path), ok=False)
+    assert "fosi_adam" in unknown
+    mesh = run("resnet_fosi.py", "--mesh", "dat=1", "--workdir", str(tmp_path / "run"), ok=False)
+    assert "Did you mean 'data'?" in mesh
+    folder = run("resnet_fosi.py", "--dataset", "cifar10", "--workdir", str(tmp_path / "run"), ok=False)
+    assert "cifar-10-batches-py" in folder
+    assert not (tmp_path / "run").exists()
+
+
+def _text(folder: Path) -> Path:
+    path = folder / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    return path

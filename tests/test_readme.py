@@ -1,0 +1,22 @@
+"""The README's programs run as they stand."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_python_blocks_run_in_order(capsys):
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.S | re.M)
+    assert len(blocks) == 3
+    namespace: dict = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, str(README), "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert "train + refresh" in printed  # the dry run's table
+    assert "step 100/100" in printed
+    assert np.all(np.diff(namespace["eigenvalues"]) <= 0)
+    assert namespace["result"].step == 100
+    assert set(namespace["state"]._fields) == {"count", "inner", "curvature", "key"}

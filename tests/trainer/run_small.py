@@ -1,0 +1,120 @@
+"""A small run with everything random in it, as a program: `python run_small.py '{"workdir": ..., "steps": ...}'`.
+
+Dropout, BatchNorm, shuffling, an average of the parameters, FOSI, and Lanczos on a curvature batch of its own. It
+prints a line after every step, and at the end writes every leaf of the state and the positions of the data to `out`.
+The tests import it for the same run in their own process.
+"""
+
+import json
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+import curvtrain
+from curvtrain import curvature, losses, optim
+from curvtrain.trainer import Hook
+
+BATCH = 16
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs, width=16, dtype=np.float32):
+        self.fc1 = nnx.Linear(8, width, param_dtype=dtype, rngs=rngs)
+        self.drop = nnx.Dropout(0.2, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.fc2 = nnx.Linear(width, 4, param_dtype=dtype, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc2(self.drop(nnx.relu(self.norm(self.fc1(x)))))
+
+
+class Small(curvtrain.Trainer):
+    loss = losses.SoftmaxCrossEntropy(labels="label")
+    width, dtype = 16, np.float32
+
+    def build_model(self, rngs):
+        return Net(rngs, self.width, self.dtype)
+
+    def predict(self, model, batch):
+        return model(batch["x"])
+
+    def metrics(self, outputs, batch):
+        return {"order": batch["number"]}  # tells which examples were in a batch
+
+
+class Remember(Hook):
+    """Prints every step, sleeps, and remembers over restarts at which steps it was called."""
+
+    def __init__(self, sleep=0.0, quiet=False):
+        self.steps, self._sleep, self._quiet = [], sleep, quiet
+
+    def __call__(self, run):
+        self.steps.append(run.step)
+        if not self._quiet:
+            print("step", run.step, flush=True)
+        time.sleep(self._sleep)
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def data(examples=200, seed=0):
+    """Arrays of a task with four classes; `number` squares spread, so that their mean tells batches apart."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(examples, 8)).astype(np.float32)
+    label = (x @ rng.normal(size=(8, 4))).argmax(-1).astype(np.int32)
+    return {"x": x, "label": label, "number": (np.arange(examples, dtype=np.float32) / 16) ** 2}
+
+
+def make(cls=Small, hooks=(), train_data=None, optimizer=None, estimator="lanczos", schedule=None, **config):
+    """The run's trainer; every argument can be given another value."""
+    options = {"steps": 20, "batch_size": BATCH, "save_every": 4, "eval_every": 8, "log_every": 1, "ema": 0.9}
+    if estimator == "lanczos":
+        estimator = curvature.Lanczos(k=2, m=6)
+        schedule = schedule or curvtrain.CurvatureSchedule(refresh_every=3, start=2, batch_size=2 * BATCH)
+    return cls(
+        curvtrain.TrainerConfig(**{**options, "progress": False, **config}),
+        train_data=data() if train_data is None else train_data,
+        eval_data=data(50, seed=1),
+        optimizer=optim.fosi(optax.adam(1e-2)) if optimizer is None else optimizer,
+        curvature=estimator,
+        schedule=schedule,
+        hooks=hooks,
+    )
+
+
+def leaves(state):
+    """Every leaf of a state by its path, as numpy arrays that can be compared bit by bit."""
+    raw = lambda a: jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+    found = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(raw(leaf)) for path, leaf in found}
+
+
+def main(workdir, out=None, sleep=0.0, fail=None, **config):
+    hooks = [Remember(sleep)]
+    if fail is not None:  # [step, what]
+
+        def at_step(run):
+            if run.step == fail[0]:
+                if fail[1] == "exit":
+                    sys.exit(3)
+                raise OSError("failed on purpose")
+
+        hooks.append(curvtrain.trainer.Call(at_step))
+    trainer = make(hooks=hooks, workdir=workdir, **config)
+    print("ready", flush=True)
+    trainer.fit()
+    if out is not None:
+        rest = {"positions": json.dumps(trainer._positions), "steps": np.array(hooks[0].steps)}
+        np.savez(out, **leaves(trainer.state), **rest)
+
+
+if __name__ == "__main__":
+    main(**json.loads(sys.argv[1]))
