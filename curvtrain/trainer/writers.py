@@ -67,7 +67,10 @@ class TensorBoard(Writer):
             raise ImportError(
                 "TrainerConfig(writers=['tensorboard']) needs tensorboardX: pip install 'curvtrain[tensorboard]'."
             ) from None
-        self._writer = SummaryWriter(os.fspath(folder / "tensorboard"), purge_step=first_step + 1)
+        # the suffix: files are named by the second, and a run may well be resumed within one
+        self._writer = SummaryWriter(
+            os.fspath(folder / "tensorboard"), purge_step=first_step + 1, filename_suffix=f".{first_step}"
+        )
 
     def write(self, step, scalars):
         for name, value in scalars.items():

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -21,7 +22,11 @@ from curvtrain.trainer.checkpoint import Checkpoints
 from curvtrain.trainer.sharding import make_mesh
 
 RUN = {"trainer": "Test", "train_data": {"seed": 0}}
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    # orbax leaves coroutines behind whose read of a damaged file failed: that they are collected is no concern here
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 def config(folder, **options):
@@ -176,7 +181,6 @@ def empty(step):
 
 
 DAMAGE = {
-    "no commit file": lambda step: (step / "state" / "commit_success.txt").unlink(),
     "no manifest": lambda step: (step / "state" / "manifest.ocdbt").unlink(),
     "no array metadata": lambda step: (step / "state" / "_METADATA").unlink(),
     "truncated array metadata": lambda step: truncate(step / "state" / "_METADATA"),
@@ -199,6 +203,22 @@ def test_damage_falls_back_loudly_and_the_step_can_be_saved_again(tmp_path, dama
     assert on_disk(tmp_path) == [1, 2]
     write(tmp_path, [3])
     assert read(tmp_path) == 3
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, truncate], ids=["deleted", "truncated"])
+def test_whichever_file_is_harmed_the_state_is_whole_or_the_older_one(tmp_path, harm):
+    write(tmp_path / "whole", [2, 3])
+    files = [path for path in (tmp_path / "whole" / "3").rglob("*") if path.is_file()]
+    found = set()
+    for i, file in enumerate(files):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(i))
+        harm(folder / file.relative_to(tmp_path / "whole"))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always", RuntimeWarning)
+            step = read(folder)  # compares every leaf with what was saved
+        assert (step == 2) == any("Checkpoint 3" in str(w.message) for w in warned)
+        found.add(step)
+    assert found == {2, 3}  # some files are copies or labels that reading does without
 
 
 def test_the_newest_that_can_be_read_is_found(tmp_path):
@@ -258,14 +278,12 @@ def test_another_state_names_the_leaf(tmp_path, change, message):
 
 def test_a_mismatch_never_falls_back_and_deletes_nothing(tmp_path):
     write(tmp_path, [1, 2, 3])
-    DAMAGE["truncated arrays"](tmp_path / "3")
-    before = snapshot(tmp_path)
-    with pytest.raises(Mismatch, match="Checkpoint 3"):
-        read(tmp_path, {**RUN, "trainer": "Other"})
-    DAMAGE["no metadata"](tmp_path / "3")  # now only an older one tells whose they are
-    with pytest.raises(Mismatch, match="Checkpoint 2"):
-        read(tmp_path, {**RUN, "trainer": "Other"})
-    assert {name for name in before if "/3/meta/" not in name} == set(snapshot(tmp_path))
+    for newest in (3, 2):  # that tells whose the checkpoints are
+        before = snapshot(tmp_path)
+        with pytest.raises(Mismatch, match=f"Checkpoint {newest}"):
+            read(tmp_path, {**RUN, "trainer": "Other"})
+        assert snapshot(tmp_path) == before
+        shutil.rmtree(tmp_path / "3" / "meta", ignore_errors=True)
 
 
 class Other(run_small.Small):
@@ -346,7 +364,7 @@ def test_an_unwritable_workdir_is_told_before_anything_is_compiled(tmp_path):
 
 
 FULL_DISK = """
-import json, resource, sys
+import json, pathlib, resource, sys, time
 import optax
 import run_small
 from curvtrain.trainer import Call
@@ -355,8 +373,10 @@ room, steps, folder = json.loads(sys.argv[1])  # [first, last] step with a disk 
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
 def limit(run):
+    while run.step in room and any(pathlib.Path(folder).glob("*.orbax-checkpoint-tmp*")):
+        time.sleep(0.01)  # the save before is not to be hit
     full = room[0] <= run.step <= room[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if full else unlimited, unlimited))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300 if full else unlimited, unlimited))
 
 trainer = run_small.make(
     hooks=[Call(limit)], workdir=folder, steps=steps, save_every=2, keep_latest=2, keep_best=0,
@@ -396,11 +416,18 @@ def test_a_last_save_that_fails_is_an_error_and_older_ones_are_intact(tmp_path):
 def test_a_failed_save_does_not_hide_what_went_wrong_after_it(tmp_path, caplog, monkeypatch):
     with Checkpoints(config(tmp_path)) as checkpoints:
         checkpoints.save(1, state(1), {"run": RUN}, None)
-    with pytest.raises(ZeroDivisionError), Checkpoints(config(tmp_path)) as checkpoints:
-        refuse = lambda *_, **__: (_ for _ in ()).throw(OSError("no room"))
-        monkeypatch.setattr(checkpoints._manager, "save", refuse)
-        assert not checkpoints.save(2, state(2), {"run": RUN}, None)
-        raise ZeroDivisionError
+
+    def refuse(*_, **__):
+        raise OSError("no room")
+
+    def fail():
+        with Checkpoints(config(tmp_path)) as checkpoints:
+            monkeypatch.setattr(checkpoints._manager, "save", refuse)
+            assert not checkpoints.save(2, state(2), {"run": RUN}, None)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert "Saving step 2 failed: OSError: no room" in caplog.text
     assert read(tmp_path) == 1
 
@@ -424,7 +451,7 @@ def test_load_model_predicts_like_the_trainer(finished):
 def test_load_model_names_what_is_not_there(finished, tmp_path):
     *_, folder = finished
     trainer = run_small.make(steps=4)
-    with pytest.raises(FileNotFoundError, match="nowhere.*no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*no such folder"):
         trainer.load_model(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"step=3.*the checkpoints there are \[4\]"):
         trainer.load_model(folder, step=3)

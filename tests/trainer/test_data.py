@@ -209,7 +209,7 @@ def test_two_processes_need_half_a_batch_each():
 def test_make_train_data():
     assert isinstance(make_train_data(examples(), 16, 0), ArrayData)
     assert isinstance(make_train_data(singles(8).repeat().batch(4), 4, 0), GrainData)
-    with pytest.raises(TypeError, match="train_data should be a dict of numpy arrays or a grain dataset.*not list"):
+    with pytest.raises(TypeError, match=r"train_data should be a dict of numpy arrays or a grain dataset.*not list"):
         make_train_data([1, 2], 4, 0)
 
 
