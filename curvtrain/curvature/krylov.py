@@ -69,7 +69,7 @@ def ritz(krylov: Krylov, select: Select) -> tuple[jax.Array, jax.Array, jax.Arra
     theta, Y = jnp.linalg.eigh(krylov.T + jnp.diag(jnp.where(alive, 0.0, outside)), symmetrize_input=True)
     # eigh sorts ascending, so the m - s dead values come first
     wanted = select(theta, jnp.arange(m) >= m - krylov.s)
-    Y = Y[:, wanted] * alive[:, None]
+    Y = jnp.where(alive[:, None], Y[:, wanted], 0.0)
     return theta[wanted], Y, jnp.abs(Y).T @ krylov.leak
 
 
@@ -139,14 +139,15 @@ def iterate(
         )
 
     wanted = jax.eval_shape(select, jnp.zeros(rows), jnp.ones(rows, bool)).shape
-    empty = Krylov(trees.zeros(start, rows), jnp.zeros((rows, rows)), jnp.zeros(rows), jnp.int32(0))
+    T, leak = jnp.zeros((rows, rows), jnp.float32), jnp.zeros(rows, jnp.float32)
+    empty = Krylov(trees.zeros(start, rows), T, leak, jnp.int32(0))
     carry = _Carry(
         krylov=empty,
         q=trees.scale(1.0 / trees.norm(start), start),
         beta=jnp.float32(0),
         look_at=jnp.int32(minimum),
         verifying=jnp.bool_(False),
-        seen=jnp.zeros(wanted),
+        seen=jnp.zeros(wanted, jnp.float32),
         done=jnp.bool_(False),
     )
     return jax.lax.while_loop(lambda c: (c.krylov.s < limit) & ~c.done, body, carry).krylov

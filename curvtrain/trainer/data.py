@@ -20,6 +20,7 @@ from curvtrain.objective import batch_size as size_of
 Arrays = Mapping[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 
+READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # of whole batches: grain's own 500 fill the memory
 TRAIN, CURVATURE = 0, 1  # streams: what refreshes draw never shifts the order of the training data
 
 
@@ -168,7 +169,7 @@ def check_arrays(argument: str, arrays: Arrays) -> Batch:
     out = {}
     for name, value in arrays.items():
         try:
-            array = np.asarray(value)
+            out[name] = array = np.asarray(value)
             numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_))
             what = (
                 "a scalar" if array.ndim == 0 else "" if numeric else f"of type {array.dtype} (ragged, or not numbers)"
@@ -177,7 +178,6 @@ def check_arrays(argument: str, arrays: Arrays) -> Batch:
             what = "ragged"
         if what:
             raise TypeError(f"{argument}[{name!r}] should be an array of numbers, a row per example; it is {what}.")
-        out[name] = array
     lengths = {name: len(array) for name, array in out.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"The arrays of {argument} should have one length, the number of examples, not {lengths}.")
@@ -234,7 +234,7 @@ class _Endless:
 
 def _batches(argument: str, dataset: grain.MapDataset | grain.IterDataset) -> grain.IterDataset:
     """The elements of a dataset as dicts of numpy arrays."""
-    iterable = dataset.to_iter_dataset() if isinstance(dataset, grain.MapDataset) else dataset
+    iterable = dataset.to_iter_dataset(READ) if isinstance(dataset, grain.MapDataset) else dataset
     return iterable.map(functools.partial(_as_batch, argument))
 
 

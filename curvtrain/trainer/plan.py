@@ -53,9 +53,7 @@ class Plan:
         schedule: CurvatureSchedule,
     ):
         self.config, self.task, self.estimator, self.schedule = config, task, estimator, schedule
-        if isinstance(optimizer, optax.MultiSteps):  # takes extra arguments, but does not say so
-            optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
-        self.tx = optax.with_extra_args_support(optimizer)
+        self.tx = _with_extra_args(optimizer)
         self.mesh = sharding.make_mesh(config.mesh)
         self._check_batch_sizes()
         self.data = make_train_data(train_data, config.batch_size, config.seed)
@@ -298,6 +296,13 @@ class DryRun:
         ]
         head = f"mesh {self.mesh}, batch of {self.batch_size}; per device, loop bodies counted once"
         return f"{head}\n\n{table(rows)}\n\n{table(state)}"
+
+
+def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    if isinstance(optimizer, optax.MultiSteps):  # takes extra arguments, but does not say so
+        update: Any = optimizer.update
+        return optax.GradientTransformationExtraArgs(optimizer.init, update)
+    return optax.with_extra_args_support(optimizer)
 
 
 def _bytes_per_device(tree: PyTree) -> int:

@@ -18,7 +18,7 @@ SMALL = {
 
 
 def run(recipe: str, *options: str, ok: bool = True) -> str:
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, str(ROOT / "recipes" / recipe), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False, timeout=600)
     assert (done.returncode == 0) == ok, done.stdout + done.stderr

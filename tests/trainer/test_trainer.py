@@ -166,26 +166,37 @@ def test_a_run_that_failed_goes_on_where_it_was():
 # -- programs ----------------------------------------------------------------------------------------------------------
 
 
-def test_each_program_is_traced_once():
+@pytest.fixture(scope="module")
+def scheduled():
+    """A run of three programs and an evaluation, and how often `predict` was traced for them."""
     run = trainer(
         model=Noisy,
         steps=12,
         curvature=Counting(),
-        schedule=CurvatureSchedule(update_every=2, refresh_every=4),
+        schedule=CurvatureSchedule(update_every=2, refresh_every=4, start=2, batch_size=32),
         eval_data=examples(20),
         eval_every=3,
-        log_every=2,
+        log_every=1,
         ema=0.9,
     )
     run.traces = 0
-    run.fit()
-    kinds = 3  # train, train + update, train + update + refresh
-    assert run.traces <= kinds + 1  # and the evaluation, unless its check at construction has traced it
-    before = run.traces
+    result = run.fit()
+    return run, result, run.traces
+
+
+def test_each_program_is_traced_once(scheduled):
+    run, _, traces = scheduled
+    assert traces == 3  # train, train + update, train + update + refresh; the evaluation was when it was checked
     run.evaluate()
     run.dry_run()
     run.evaluate(examples(50))
-    assert run.traces == before
+    assert run.traces == traces
+
+
+def test_the_schedule_shifts_neither_data_nor_dropout(scheduled):
+    _, result, _ = scheduled
+    alone = trainer(model=Noisy, steps=12, log_every=1).fit()
+    assert losses_of(result).tolist() == losses_of(alone).tolist()  # the optimizer ignores curvature: bit by bit
 
 
 def live_bytes():
@@ -218,23 +229,30 @@ def test_a_dry_run_allocates_nothing():
 # -- curvature ---------------------------------------------------------------------------------------------------------
 
 
-def counts_of(schedule, steps=10, **options):
+def counts_of(schedule, steps, **options):
     run = trainer(steps=steps, curvature=Counting(), schedule=schedule, **options)
     run.fit()
     return run.state.curvature
 
 
-@pytest.mark.parametrize(
-    ("schedule", "updates", "refreshes"),
-    [
-        (CurvatureSchedule(update_every=3, refresh_every=5, start=2), 3, 2),
-        (CurvatureSchedule(update_every=lambda t: 1 if t < 4 else 3, refresh_every=lambda t: 2 if t < 5 else 4), 6, 4),
-    ],
-    ids=["start", "functions"],
-)
-def test_the_schedule_is_kept(schedule, updates, refreshes):
-    curvature = counts_of(schedule)
-    assert (int(curvature.updates), int(curvature.refreshes)) == (updates, refreshes)
+def test_the_schedule_is_kept(scheduled):
+    run, result, _ = scheduled
+    curvature = run.state.curvature
+    assert (int(curvature.updates), int(curvature.refreshes), int(curvature.examples)) == (5, 3, 32)
+    assert [row["curvature/refreshes"] for row in result.history if "train/loss" in row] == [
+        0,
+        0,
+        *[1] * 4,
+        *[2] * 4,
+        3,
+        3,
+    ]
+
+
+def test_a_schedule_of_functions_is_kept():
+    annealed = CurvatureSchedule(update_every=lambda t: 1 if t < 4 else 3, refresh_every=lambda t: 2 if t < 5 else 4)
+    curvature = counts_of(annealed, steps=10)
+    assert (int(curvature.updates), int(curvature.refreshes)) == (6, 4)  # at 0 1 2 3 6 9 and at 0 2 4 8
 
 
 def test_an_estimator_that_absorbs_nothing_is_not_updated():
@@ -260,14 +278,6 @@ def test_a_refresh_sees_as_many_examples_as_it_was_given(size, seen):
 )
 def test_a_refresh_is_told_the_optimizer_s_damping(optimizer, damping):
     assert float(counts_of(CurvatureSchedule(), steps=1, optimizer=optimizer).damping) == damping
-
-
-def test_the_schedule_shifts_neither_data_nor_dropout():
-    fit = lambda **options: losses_of(trainer(model=Noisy, steps=8, log_every=1, **options).fit())
-    alone = fit()
-    schedules = [CurvatureSchedule(refresh_every=2, batch_size=32), CurvatureSchedule(update_every=3, start=4)]
-    for schedule in schedules:  # the optimizer ignores curvature, so all losses are alike, bit by bit
-        assert fit(curvature=Counting(), schedule=schedule).tolist() == alone.tolist()
 
 
 def counted(updates, state, params=None, *, curvature, **extra):
