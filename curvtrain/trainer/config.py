@@ -70,8 +70,8 @@ class TrainerConfig:
         if self.ema is not None:
             _checks.number_in(name("ema"), self.ema, 0.0, 1.0, open_high=True)
         _checks.one_of(name("best_mode"), self.best_mode, ("min", "max"))
-        if isinstance(self.writers, str):
-            raise TypeError(f"{name('writers')} should be a list of names, such as [{self.writers!r}], not one name.")
+        if isinstance(self.writers, str) or not isinstance(self.writers, Sequence):
+            raise TypeError(f"{name('writers')} should be a list of names, such as ['jsonl'], not {self.writers!r}.")
         for writer in self.writers:
             _checks.one_of(name("writers"), writer, WRITERS)
         if not isinstance(self.workdir, str | os.PathLike | None):
@@ -92,7 +92,7 @@ class TrainerConfig:
 
 def _check_rules(argument: str, rules: ShardingRules) -> None:
     """Raises TypeError or ValueError unless every rule is a regular expression and a PartitionSpec."""
-    for rule in rules:
+    for rule in rules if isinstance(rules, Sequence) else [rules]:
         pair = isinstance(rule, tuple | list) and len(rule) == 2
         if not (pair and isinstance(rule[0], str) and isinstance(rule[1], PartitionSpec)):
             raise TypeError(

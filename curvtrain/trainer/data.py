@@ -21,6 +21,7 @@ Arrays = Mapping[str, np.ndarray]
 Batch = dict[str, np.ndarray]
 
 READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # of whole batches: grain's own 500 fill the memory
+ENDLESS = 2**40  # batches: grain's length of a dataset that repeats is larger
 TRAIN, CURVATURE = 0, 1  # streams: what refreshes draw never shifts the order of the training data
 
 
@@ -153,6 +154,10 @@ def eval_batches(data: Any, batch_size: int, argument: str = "eval_data") -> Ite
             for start in range(0, examples, batch_size)
         )
     elif isinstance(data, grain.MapDataset | grain.IterDataset):
+        if isinstance(data, grain.MapDataset) and len(data) > ENDLESS:
+            raise ValueError(
+                f"{argument} repeats without end, and would be evaluated without end; leave out .repeat()."
+            )
         pieces = _recut(_batches(argument, data), batch_size)
     else:
         raise TypeError(
@@ -168,22 +173,27 @@ def check_arrays(argument: str, arrays: Arrays) -> Batch:
         raise ValueError(f"{argument} is an empty dict; it should hold arrays such as 'image' and 'label'.")
     out = {}
     for name, value in arrays.items():
-        try:
-            out[name] = array = np.asarray(value)
-            numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_))
-            what = (
-                "a scalar" if array.ndim == 0 else "" if numeric else f"of type {array.dtype} (ragged, or not numbers)"
-            )
-        except ValueError:  # what NumPy says of ragged lists
-            what = "ragged"
-        if what:
-            raise TypeError(f"{argument}[{name!r}] should be an array of numbers, a row per example; it is {what}.")
+        if flaw := _flaw(value):
+            raise TypeError(f"{argument}[{name!r}] should be an array of numbers, a row per example; it is {flaw}.")
+        out[name] = np.asarray(value)
     lengths = {name: len(array) for name, array in out.items()}
     if len(set(lengths.values())) > 1:
         raise ValueError(f"The arrays of {argument} should have one length, the number of examples, not {lengths}.")
     if 0 in lengths.values():
         raise ValueError(f"{argument} has no examples.")
     return out
+
+
+def _flaw(value: Any) -> str:
+    """What keeps a value from being rows of numbers, in words; empty if nothing does."""
+    try:
+        array = np.asarray(value)
+    except ValueError:  # what NumPy says of ragged lists
+        return "ragged"
+    if array.ndim == 0:
+        return "a scalar"
+    numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_))
+    return "" if numeric else f"of type {array.dtype} (ragged, or not numbers)"
 
 
 def checksum(batch: Batch) -> str:

@@ -72,8 +72,8 @@ class Trainer(abc.ABC):
             raise ValueError(f"{name}(schedule) was given without curvature: there is nothing to schedule.")
         if schedule is not None and not isinstance(schedule, CurvatureSchedule):
             raise TypeError(f"{name}(schedule) should be a CurvatureSchedule, not {type(schedule).__name__}.")
-        if isinstance(hooks, Hook):
-            raise TypeError(f"{name}(hooks) should be a list of hooks, not one {type(hooks).__name__}: put it in [].")
+        if not isinstance(hooks, Sequence):
+            raise TypeError(f"{name}(hooks) should be a list of hooks, not {type(hooks).__name__}.")
         for hook in hooks:
             if not isinstance(hook, Hook):
                 raise TypeError(f"{name}(hooks) should be Hooks, not {type(hook).__name__}; see hooks.Call.")
@@ -109,6 +109,9 @@ class Trainer(abc.ABC):
 
     def fit(self) -> FitResult:
         """Trains to `config.steps`, from the newest checkpoint if the workdir holds one.
+
+        Called again, it goes on where the last call ended, by an error too; a finished run is only evaluated. To train
+        for longer, build a Trainer with more steps on the same workdir.
 
         Returns:
           The last metrics, the history of this call, and why it ended.

@@ -11,6 +11,7 @@ from tiny import CLASSES, FEATURES, Classifier, Counting, Mlp, examples, trainer
 
 from curvtrain import CurvatureSchedule, Objective, losses, optim
 from curvtrain.curvature import Lanczos
+from curvtrain.trainer import EarlyStopping
 from curvtrain.trainer.plan import Plan
 
 
@@ -61,6 +62,11 @@ CONFIG = {
         r"TrainerConfig\(writers\) should be a list of names, such as \['js",
     ),
     "sharding": (dict(sharding="fdsp"), ValueError, r"TrainerConfig\(sharding\) .* not 'fdsp'. Did you mean 'fsdp'\?"),
+    "sharding, none": (
+        dict(sharding=None),
+        TypeError,
+        r"TrainerConfig\(sharding\) should be .*; None is not such a pair",
+    ),
     "sharding, rules": (
         dict(sharding=[("kernel", "data")]),
         TypeError,
@@ -164,6 +170,11 @@ DATA = {
         ValueError,
         r"labels run from 9 to 9, but the model has 3 outputs",
     ),
+    "eval grain, endless": (
+        dict(eval_data=grain.MapDataset.range(8).repeat().batch(4)),
+        ValueError,
+        r"eval_data repeats without end.*leave out \.repeat\(\)",
+    ),
     "eval grain, empty": (
         dict(eval_data=grain.MapDataset.range(0).batch(4)),
         ValueError,
@@ -250,9 +261,7 @@ def test_the_config_is_a_config(untouched):
 
 
 def test_one_hook_is_not_a_list_of_hooks(untouched):
-    from curvtrain.trainer import EarlyStopping
-
-    with pytest.raises(TypeError, match=r"Classifier\(hooks\) should be a list of hooks, not one EarlyStopping"):
+    with pytest.raises(TypeError, match=r"Classifier\(hooks\) should be a list of hooks, not EarlyStopping"):
         trainer(workdir=untouched, hooks=EarlyStopping())
     never = EarlyStopping()
     never.every = 0

@@ -154,7 +154,7 @@ def test_the_description_tells_data_apart():
 
 def test_grain_batches_come_as_they_are_and_positions_are_restored():
     source = singles(12).seed(5).shuffle().repeat().batch(4, drop_remainder=True)
-    for data in (GrainData(source, 4), GrainData(source.to_iter_dataset(), 4)):
+    for data in (GrainData(source, 4), GrainData(source.to_iter_dataset(grain.ReadOptions(1, 2)), 4)):
         straight = take(data.iterator(), 8)
         assert all(np.array_equal(batch["x"], source[i]["x"]) for i, batch in enumerate(straight))
         assert same(data.first(), straight[0])
