@@ -25,6 +25,10 @@ N, TIME, D, HIDDEN, OUTPUTS = 6, 3, 3, 4, 3
 CLOSE = dict(rtol=1e-6, atol=1e-6)
 
 
+# The programs are small and run once or twice: LLVM's optimisations would double the time that they take to compile.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
 class MLP(nnx.Module):
     def __init__(self, rngs, **options):
         self.a = nnx.Linear(D, HIDDEN, rngs=rngs, **options)
@@ -115,13 +119,13 @@ def in_float64(function, *args):
         return jax.tree.map(np.asarray, function(*args))
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jit, static_argnums=2)
 def derivatives_of_outputs(theta, x, unravel):
     z = lambda theta: outputs_of(unravel(theta), x)
     return z(theta), jax.jacobian(z)(theta), jax.hessian(z)(theta)  # (i, o), (i, o, n), (i, o, n, n)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jit, static_argnums=2)
 def derivatives_of_values(z, t, value):
     return jax.vmap(jax.grad(value))(z, t), jax.vmap(jax.hessian(value))(z, t)  # (i, o), (i, o, p)
 
@@ -162,7 +166,7 @@ fvp = {fisher: functools.partial(products.fvp, fisher=fisher) for fisher in prod
 PRODUCTS = {"hessian": products.hvp, "ggn": products.ggnvp, **fvp}
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def matrices_of(names, objective, params, batch, key=None):
     matrix = lambda product: products.as_matrix(lambda v: product(objective, params, v, batch, key), params)
     return {name: matrix(PRODUCTS[name]) for name in names}
@@ -200,7 +204,7 @@ def test_sampled_fisher_is_exact_in_expectation(name):
     case = CASES[name]
     (objective, params), batch = build(case.loss), batch_for(case)
     v = jax.tree.map(jnp.ones_like, params)
-    many = jax.jit(jax.vmap(lambda key: ravel_pytree(fvp["sampled"](objective, params, v, batch, key))[0]))
+    many = jit(jax.vmap(lambda key: ravel_pytree(fvp["sampled"](objective, params, v, batch, key))[0]))
     draws = np.asarray(many(jax.random.split(jax.random.key(0), 4000)), np.float64)
     error = draws.std(0) / np.sqrt(len(draws))
     matrices = dense(case, params, batch)
@@ -225,7 +229,7 @@ def test_pieces(microbatch):
     v = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), params)
     names = ("hessian", "ggn", "sampled", "empirical")
     run = lambda objective: {name: PRODUCTS[name](objective, params, v, batch, jax.random.key(0)) for name in names}
-    for name, got in jax.jit(run)(objective.with_microbatch(microbatch)).items():
+    for name, got in jit(run)(objective.with_microbatch(microbatch)).items():
         want = compared("softmax, masked sequence")[name][1] @ np.asarray(ravel_pytree(v)[0], np.float64)
         np.testing.assert_allclose(ravel_pytree(got)[0], want, **CLOSE)
 
@@ -280,7 +284,7 @@ def test_parameters_of_another_dtype_are_read_exactly():
     names = {"hessian": "hessian", "ggn": "ggn", "empirical": "outer"}
     run = lambda params: {name: PRODUCTS[name](objective, params, params, batch) for name in names}
     v = np.asarray(ravel_pytree(params)[0], np.float64)
-    for name, got in jax.jit(run)(params).items():
+    for name, got in jit(run)(params).items():
         assert {a.dtype for a in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
         np.testing.assert_allclose(ravel_pytree(got)[0], want[names[name]] @ v, **CLOSE)
 
@@ -303,7 +307,7 @@ def test_batch_norm_products_see_the_whole_batch():
     ends = np.cumsum([a.size for a in shapes])[:-1]
     theta = np.concatenate([np.ravel(a) for a in shapes])
 
-    @jax.jit
+    @jit
     def z_of(theta, x):
         p = unravel.unflatten([a.reshape(b.shape) for a, b in zip(jnp.split(theta, ends), shapes, strict=True)])
         a = x @ p["a"]["kernel"] + p["a"]["bias"]

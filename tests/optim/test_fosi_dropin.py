@@ -131,6 +131,16 @@ def test_smallest_pairs_do_not_scale_the_rate():
     np.testing.assert_allclose(updates["x"], [0, 0, 0, -9 / 4 * 0.01 * grads["x"][3]], atol=1e-6)
 
 
+@dense
+def test_inverse_is_not_damped():
+    """The original takes 1 / |lambda| as it is, however far below the largest."""
+    batch = jnp.array([1e5, 1.0, 1e-2, 0.0])
+    tx = optim.fosi_sgd(optax.sgd(0.0), loss_fn, batch, None, 1, 3, alpha=1.0)
+    updates, _ = tx.update(jax.grad(loss_fn)(PARAMS, batch), tx.init(PARAMS), PARAMS)
+    np.testing.assert_allclose(updates["x"][1], -PARAMS["x"][1], rtol=1e-2)  # lambda is known to 1e5 x 1e-7
+    np.testing.assert_allclose(updates["x"][0], -PARAMS["x"][0], rtol=1e-5)
+
+
 # -------------------------------------------------------------------------------------------------- when it refreshes
 
 

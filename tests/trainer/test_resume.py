@@ -16,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 import run_small
+from jax.sharding import PartitionSpec as P
 
 from curvtrain.trainer import Call, Diverged, EarlyStopping, Preempted, loop, read_jsonl
 
@@ -154,7 +155,7 @@ def test_more_steps_go_on_on_another_mesh(tmp_path):
     again.fit()
     assert same(again.state, first.state)
     kernel, vectors = again.state.params["fc1"]["kernel"], again.state.curvature.vectors["fc1"]["kernel"]
-    assert kernel.sharding.spec == (None, "fsdp") and vectors.sharding.spec == (None, None, "fsdp")
+    assert kernel.sharding.spec == P(None, "fsdp") and vectors.sharding.spec == P(None, None, "fsdp")
     more = run_small.make(cls=wide, workdir=tmp_path, steps=7, **mesh)
     assert more.fit().step == 7
     whole = run_small.make(cls=wide, steps=7, mesh={"data": 8})
