@@ -56,7 +56,7 @@ def autoencoder() -> Case:
     make = lambda config, **optimizer: mlp_autoencoder.AutoencoderTrainer(
         config, train=train, test=test, sizes=options.sizes, **optimizer
     )
-    return Case(options, make, {"adam": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "momentum": [1e-4, 1e-3, 3e-3, 1e-2, 3e-2]})
+    return Case(options, make, {"adam": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1], "momentum": [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]})
 
 
 def characters(model: str) -> Case:
@@ -107,9 +107,10 @@ def main() -> None:
     report: dict[str, Any] = {}
     for base in args.bases:
         for name in (base, f"fosi_{base}"):
-            grid = {rate: train(case, name, rate, 0, steps) for rate in case.rates[base]}
-            for rate, metrics in grid.items():
-                print(f"{name:<14} rate {rate:<8g} seed 0  train/loss {metrics['train/loss']:.5g}", flush=True)
+            grid = {}
+            for rate in case.rates[base]:
+                grid[rate] = train(case, name, rate, 0, steps)
+                print(f"{name:<14} rate {rate:<8g} seed 0  train/loss {grid[rate]['train/loss']:.5g}", flush=True)
             best = min(grid, key=lambda rate: grid[rate]["train/loss"])
             seeds = [grid[best], *(train(case, name, best, seed, steps) for seed in range(1, args.seeds))]
             means = {key: statistics.mean(run[key] for run in seeds) for key in seeds[0]}

@@ -46,6 +46,10 @@ class CurvatureSchedule:
         if step < self.start:
             return False
         every = period(step) if callable(period) else period
+        if not hasattr(every, "__index__"):  # a fraction would be due at the steps that it happens to divide
+            raise TypeError(
+                f"A period of CurvatureSchedule should be a whole number of steps, not {every!r} at step {step}."
+            )
         if every < 1:
             raise ValueError(f"A period of CurvatureSchedule should be at least 1 step, not {every} at step {step}.")
         return (step - self.start) % every == 0

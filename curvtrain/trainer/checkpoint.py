@@ -60,15 +60,7 @@ class Checkpoints:
         self._retention = _Retention(config)
         self._under_way: int | None = None
         self._failure: str | None = None  # of the newest save
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._retention,
-                save_decision_policy=policies.FixedIntervalPolicy(1),
-                cleanup_tmp_directories=True,
-            ),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
-        )
+        self._manager = self._open(clean=True)
         for step in self.steps:
             with contextlib.suppress(*_DAMAGE):  # which `restore` reports
                 self._retention.rank(step, self._meta(step)["scores"])
@@ -143,6 +135,17 @@ class Checkpoints:
             f"these folders away to start anew."
         )
 
+    def _open(self, clean: bool) -> ocp.CheckpointManager:
+        return ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._retention,
+                save_decision_policy=policies.FixedIntervalPolicy(1),
+                cleanup_tmp_directories=clean,
+            ),
+            item_handlers={"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+        )
+
     def _meta(self, step: int) -> dict[str, Any]:
         return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
@@ -154,9 +157,15 @@ class Checkpoints:
         self._under_way = None
 
     def _failed(self, error: Exception) -> None:
+        for _ in range(
+            8
+        ):  # a manager keeps the errors of all its writers, and raises one at a time, even in later saves
+            with contextlib.suppress(Exception):
+                self._manager.close()
+                break
         for leftover in self.folder.glob(f"{self._under_way}.orbax-checkpoint-tmp*"):
             shutil.rmtree(leftover, ignore_errors=True)  # it takes the room that the next save needs
-        self._manager.reload()
+        self._manager = self._open(clean=False)
         self._failure = f"Saving step {self._under_way} failed: {_short(error)} On disk in {self.folder}: {self.steps}."
         log.error("%s Training goes on; the next save tries again.", self._failure)
 

@@ -109,7 +109,8 @@ class Loop:
             self._announce(start)
             if start >= config.steps or (start and self._due(config.eval_every) and not self._is_evaluated()):
                 self._evaluate()  # the latter: what SIGTERM cut short
-            for step in range(start, config.steps):
+            steps = range(start, config.steps) if not self._sigterm else ()  # after SIGTERM: nothing new to be saved
+            for step in steps:
                 self._step(step)
                 if self._between_steps():
                     break

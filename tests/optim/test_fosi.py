@@ -136,8 +136,11 @@ def test_velocity_passes_through_a_refresh_unchanged():
 # ------------------------------------------------------------------------------------------------- fewer iterations
 
 
+CAP = 16_000  # steps of a run that does not get there
+
+
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("cap",))
-def iterations(make, lr, curvature, Q, x0, *, cap=20_000, target=1e-6):
+def iterations(make, lr, curvature, Q, x0, *, cap=CAP, target=1e-6):
     """Steps of `make(lr)` until the loss is `target` times its first value; `cap` if that never happens."""
     tx = optax.with_extra_args_support(make(lr))
     first = loss(x0, Q)
@@ -155,10 +158,10 @@ def iterations(make, lr, curvature, Q, x0, *, cap=20_000, target=1e-6):
     return jnp.where(loss(params, Q) <= target * first, t, cap)
 
 
-# Base, FOSI around it, and the rates that the base may choose from: 8, 8 and 10 runs. GD and heavy ball diverge at
+# Base, FOSI around it, and the rates that the base may choose from: 6, 6 and 10 runs. GD and heavy ball diverge at
 # the last one. The momentum decay is 0.9 everywhere.
-GD = (lambda lr: optax.sgd(lr), "none", np.array([0.5, 1.0, 1.4, 1.7, 1.8, 1.9, 1.95, 2.05]))
-HEAVY_BALL = (lambda lr: optax.sgd(lr, momentum=0.9), "heavy_ball", np.array([0.5, 1.0, 2.0, 2.5, 3.0, 3.3, 3.6, 3.9]))
+GD = (lambda lr: optax.sgd(lr), "none", np.array([1.0, 1.5, 1.8, 1.9, 1.95, 2.05]))
+HEAVY_BALL = (lambda lr: optax.sgd(lr, momentum=0.9), "heavy_ball", np.array([1.0, 2.0, 3.0, 3.3, 3.6, 3.9]))
 ADAM = (lambda lr: optax.adam(lr), "ema", 2.0 ** np.arange(-6, 4))
 
 
@@ -171,7 +174,7 @@ def tuned(which):
     counts = np.asarray(jax.vmap(run)(jnp.asarray(rates, jnp.float32)))
     best = int(np.argmin(counts))
     assert 0 < best < len(rates) - 1, "the grid should hold the best rate, not end at it"
-    assert counts[best] < 20_000
+    assert counts[best] < CAP
     return float(rates[best]), int(counts[best])
 
 
@@ -207,7 +210,7 @@ def test_linear_bases_gain_from_the_largest_pairs_by_the_scaled_rate(which):
     s = float(curvature.values[0] / curvature.values[-1])
     Q, x0 = quadratic(0)
     base = {"gd": GD, "heavy_ball": HEAVY_BALL}[which][0]
-    assert iterations(base, jnp.float32(s * rate), None, jnp.asarray(Q, jnp.float32), tree(x0)) == 20_000
+    assert iterations(base, jnp.float32(s * rate), None, jnp.asarray(Q, jnp.float32), tree(x0)) == CAP
     # measured: s = 10; GD 10,900 alone, 1,089 with FOSI; heavy ball 577 and 103
     assert 2 * fosi_iterations(which, rate, curvature, learning_rate_clip=100.0) <= alone
 
@@ -465,9 +468,10 @@ def test_a_line_search_as_base_is_not_given_the_curvature(pairs):
     params, Q = tree(x0), jnp.asarray(Q, jnp.float32)
     value_fn = lambda p: loss(p, Q)
     value, grad = jax.value_and_grad(value_fn)(params)
-    tx = optim.fosi(optax.lbfgs())
-    update = jax.jit(functools.partial(tx.update, value_fn=value_fn))
-    updates, _ = update(grad, tx.init(params), params, curvature=pairs, value=value, grad=grad)
+    search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=8)
+    tx = optim.fosi(optax.chain(optax.sgd(1.0), search))
+    arguments = dict(curvature=pairs, value=value, grad=grad, value_fn=value_fn)
+    updates, _ = tx.update(grad, tx.init(params), params, **arguments)
     assert value_fn(jax.tree.map(jnp.add, params, updates)) < value
 
 

@@ -177,24 +177,9 @@ def test_every_name_keeps_the_schedule_and_none_refreshes_when_told_not_to(name)
 # ---------------------------------------------------------------------------------------------------------- update_ese
 
 
-@pytest.mark.parametrize("internally", [True, False])
-def test_update_ese_honours_a_fresh_batch(internally):
-    """The original's ignores it silently, unless b_parallel."""
-    tx = optim.fosi_adam(BASE, loss_fn, BATCH, approx_k=2, b_call_ese_internally=internally)
-    state = tx.init(PARAMS)
-    fixed = tx.update_ese(PARAMS, state)
-    np.testing.assert_allclose(fixed.curvature.values, [9.0, 4.0], rtol=1e-5)
-    fresh = tx.update_ese(PARAMS, fixed, 2 * BATCH + 1)
-    np.testing.assert_allclose(fresh.curvature.values, [19.0, 9.0], rtol=1e-5)
-    np.testing.assert_allclose(tx.update_ese(PARAMS, fresh, batch=BATCH).curvature.values, [9.0, 4.0], rtol=1e-5)
-    assert fresh.count == 0 and fresh.curvature.refreshes == 2
-    # and the next update takes the Newton step: alpha (1 - decay) / 9 for an average that starts
-    updates, _ = tx.update(PARAMS, fixed, PARAMS)
-    np.testing.assert_allclose(updates["x"][2], -0.1 * 0.1 / 9.0 * PARAMS["x"][2], rtol=1e-4)
-
-
-def test_update_ese_compiles_once():
-    """It is called between jitted steps: without a jit of its own, every refresh would be compiled anew."""
+def test_update_ese_honours_a_fresh_batch_and_compiles_once():
+    """The original's ignores the batch silently, unless b_parallel. And it is called between jitted steps: without a
+    jit of its own, every refresh would be compiled anew."""
     traces = 0
 
     def counted(params, batch):
@@ -202,13 +187,30 @@ def test_update_ese_compiles_once():
         traces += 1
         return loss_fn(params, batch)
 
-    tx = optim.fosi_momentum(BASE, counted, BATCH, approx_k=1, b_call_ese_internally=False)
-    state = tx.update_ese(PARAMS, tx.init(PARAMS))
+    tx = optim.fosi_adam(BASE, counted, BATCH, approx_k=2, b_call_ese_internally=False)
+    fixed = tx.update_ese(PARAMS, tx.init(PARAMS))
+    np.testing.assert_allclose(fixed.curvature.values, [9.0, 4.0], rtol=1e-5)
     before = traces
-    for factor in (2.0, 3.0):
-        state = tx.update_ese(PARAMS, state, factor * BATCH)
+    fresh = tx.update_ese(PARAMS, fixed, 2 * BATCH + 1)
+    np.testing.assert_allclose(fresh.curvature.values, [19.0, 9.0], rtol=1e-5)
+    np.testing.assert_allclose(tx.update_ese(PARAMS, fresh, batch=BATCH).curvature.values, [9.0, 4.0], rtol=1e-5)
     assert traces == before > 0
-    np.testing.assert_allclose(state.curvature.values, [27.0], rtol=1e-5)
+    assert fresh.count == 0 and fresh.curvature.refreshes == 2
+    # and the next update takes the Newton step: alpha (1 - decay) / 9 for an average that starts
+    updates, state = tx.update(PARAMS, fixed, PARAMS)
+    np.testing.assert_allclose(updates["x"][2], -0.1 * 0.1 / 9.0 * PARAMS["x"][2], rtol=1e-4)
+    assert state.curvature.refreshes == 1 and state.count == 1
+
+
+@dense
+def test_update_ese_beside_internal_refreshes():
+    tx = optim.fosi_adam(BASE, loss_fn, BATCH, num_iters_to_approx_eigs=2, approx_k=1)
+    state = tx.update_ese(PARAMS, tx.init(PARAMS), 2 * BATCH)
+    update, seen = jax.jit(tx.update), []
+    for _ in range(3):
+        _, state = update(PARAMS, state, PARAMS)
+        seen.append(float(state.curvature.values[0]))
+    np.testing.assert_allclose(seen, [18.0, 9.0, 9.0], rtol=1e-5)  # until the schedule's refresh on the fixed batch
 
 
 def test_parallel_averages_over_the_pmap_axis():
@@ -277,13 +279,12 @@ def test_in_a_chain_it_keeps_to_its_own_loss_and_batch(internally):
     assert state[1].curvature.refreshes == alone.curvature.refreshes == int(internally)
 
 
-def test_float64_stays_off():
+@pytest.mark.parametrize("name", NAMES)
+def test_float64_stays_off(name):
     """The original's constructor switches it on for the whole program."""
-    tx = optim.fosi_adam(optax.adam(0.1), loss_fn, BATCH, approx_k=1)
-    state = tx.update_ese(PARAMS, tx.init(PARAMS))
-    tx.update(PARAMS, state, PARAMS)
+    tx = getattr(optim, name)(BASE, loss_fn, BATCH, approx_k=1)
+    tx.init(PARAMS)
     assert not jax.config.jax_enable_x64 and jnp.ones(3).dtype == jnp.float32
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.curvature.vectors)} == {jnp.dtype(jnp.float32)}
 
 
 @dense
@@ -371,3 +372,4 @@ def test_a_program_written_for_the_original_runs_with_its_import_changed(tmp_pat
     state = after["opt_state"]
     assert state.count == 5000 and state.curvature.refreshes == 50
     assert state.curvature.converged.all()
+    assert not jax.config.jax_enable_x64 and state.curvature.values.dtype == jnp.float32

@@ -369,14 +369,14 @@ import optax
 import run_small
 from curvtrain.trainer import Call
 
-room, steps, folder = json.loads(sys.argv[1])  # [first, last] step with a disk that is full for every larger file
+room, size, steps, folder = json.loads(sys.argv[1])  # at steps room[0] to room[1], no file can be larger than size
 unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
 def limit(run):
     while run.step == room[0] and any(pathlib.Path(folder).glob("*.orbax-checkpoint-tmp*")):
         time.sleep(0.01)  # the save before is not to be hit
     full = room[0] <= run.step <= room[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300 if full else unlimited, unlimited))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if full else unlimited, unlimited))
 
 trainer = run_small.make(
     hooks=[Call(limit)], workdir=folder, steps=steps, save_every=2, keep_latest=2, keep_best=0,
@@ -387,30 +387,32 @@ print("done", result.step)
 """
 
 
-def on_a_full_disk(folder, room, steps):
+def on_a_full_disk(folder, room, size, steps):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, "-c", FULL_DISK, json.dumps([room, steps, str(folder)])]
+    command = [sys.executable, "-c", FULL_DISK, json.dumps([room, size, steps, str(folder)])]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(tmp_path):
-    done = on_a_full_disk(tmp_path, room=[3, 7], steps=10)
+@pytest.mark.parametrize("size", [300, 3000])  # nothing fits; small files do
+def test_training_goes_on_when_the_disk_is_full_and_saves_when_there_is_room(tmp_path, size):
+    done = on_a_full_disk(tmp_path, room=[3, 7], size=size, steps=10)
     assert (done.returncode, done.stdout.split()) == (0, ["done", "10"]), done.stderr
     for step in (4, 6):
         assert f"Saving step {step} failed" in done.stderr and "Training goes on" in done.stderr
-    assert "What was logged at step" in done.stderr
+    assert ("What was logged at step" in done.stderr) == (size == 300)
     assert on_disk(tmp_path) == [8, 10] and not list(tmp_path.glob("*tmp*"))
     trainer = run_small.make(workdir=tmp_path, steps=10, estimator=None, optimizer=optax.adam(1e-2))
     assert trainer.fit().step == 10
 
 
 def test_a_last_save_that_fails_is_an_error_and_older_ones_are_intact(tmp_path):
-    done = on_a_full_disk(tmp_path, room=[5, 10], steps=10)
+    done = on_a_full_disk(tmp_path, room=[5, 10], size=3000, steps=10)
     assert done.returncode != 0 and "done" not in done.stdout
     assert "CheckpointError: The last checkpoint was not written. Saving step 10 failed" in done.stderr
-    assert on_disk(tmp_path) == [2, 4] and not list(tmp_path.glob("*tmp*"))
+    assert on_disk(tmp_path) == [2, 4]
     trainer = run_small.make(workdir=tmp_path, steps=5, estimator=None, optimizer=optax.adam(1e-2), keep_best=0)
     assert trainer.fit().history[0]["step"] == 5
+    assert on_disk(tmp_path) == [4, 5] and not list(tmp_path.glob("*tmp*"))
 
 
 def test_a_failed_save_does_not_hide_what_went_wrong_after_it(tmp_path, caplog, monkeypatch):

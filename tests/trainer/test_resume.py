@@ -227,6 +227,9 @@ def test_sigterm_breaks_off_an_evaluation_and_the_next_run_makes_up_for_it(tmp_p
     assert signal.getsignal(signal.SIGTERM) is before
     assert on_disk(tmp_path) == [3]
     assert (3, "eval/loss") not in rows(tmp_path)
+    with pytest.raises(Preempted):  # again, while it is made up for
+        evaluated_on(Watched(terminate=True), **options).fit()
+    assert on_disk(tmp_path) == [3]
     source = Watched(terminate=False)
     result = evaluated_on(source, hooks=[EarlyStopping("eval/loss", patience=5)], **options).fit()
     assert source.asked == 100
