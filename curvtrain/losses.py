@@ -60,7 +60,7 @@ def weight_like(weights: jax.Array, outputs: jax.Array) -> jax.Array:
 
 
 def unmasked(outputs: Any, weights: jax.Array) -> Any:
-    """The outputs, zero where their example's weight is: cuts masked examples out of every derivative, not just sums."""
+    """The outputs, zero where their example's weight is: this cuts masked examples out of every derivative."""
 
     def leaf(z):
         per_example = z.shape[: weights.ndim] == weights.shape

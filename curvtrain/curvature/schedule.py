@@ -1,6 +1,7 @@
 """When curvature is updated and refreshed: a pure function of the step, decided on the host."""
 
 import dataclasses
+import operator
 from collections.abc import Callable
 
 from curvtrain import _checks
@@ -46,10 +47,12 @@ class CurvatureSchedule:
         if step < self.start:
             return False
         every = period(step) if callable(period) else period
-        if not hasattr(every, "__index__"):  # a fraction would be due at the steps that it happens to divide
+        try:
+            every = operator.index(every)  # a fraction would be due at the steps that it happens to divide
+        except TypeError:
             raise TypeError(
-                f"A period of CurvatureSchedule should be a whole number of steps, not {every!r} at step {step}."
-            )
+                f"A period of CurvatureSchedule should be an integer, not {every!r} at step {step}."
+            ) from None
         if every < 1:
             raise ValueError(f"A period of CurvatureSchedule should be at least 1 step, not {every} at step {step}.")
         return (step - self.start) % every == 0
