@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
 from curvtrain.trainer.config import TrainerConfig
@@ -104,7 +105,7 @@ class Checkpoints:
         return self._failure is None
 
     def restore(self, target: PyTree, expected: dict[str, Any]) -> tuple[PyTree, dict[str, Any]]:
-        """The newest checkpoint that can be read, and its metadata. Newer ones that cannot are deleted, with a warning.
+        """The newest checkpoint that can be read, and its metadata. Newer ones are set aside, with a warning.
 
         Args:
           target: the abstract state with shardings: the checkpoint may come from another mesh.
@@ -128,12 +129,23 @@ class Checkpoints:
             for broken, reason in damaged.items():
                 message = f"Checkpoint {broken} in {self.folder} is damaged; going on from checkpoint {step}."
                 warnings.warn(f"{message} ({reason})", RuntimeWarning, stacklevel=5)
-                self._manager.delete(broken)  # else its step could not be saved again
+                self._set_aside(broken)
+            if damaged:
+                self._manager.reload()
             return state, meta
         raise CheckpointError(
             f"None of the checkpoints in {self.folder} can be read: {damaged}. Choose another workdir, or move "
             f"these folders away to start anew."
         )
+
+    def _set_aside(self, step: int) -> None:
+        """Renames a damaged checkpoint, else its step could not be saved again; nobody's data is deleted."""
+        if jax.process_index() == 0:
+            aside = self.folder / f"damaged-{step}"
+            shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+            (self.folder / str(step)).rename(aside)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
 
     def _open(self, clean: bool) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -157,9 +169,7 @@ class Checkpoints:
         self._under_way = None
 
     def _failed(self, error: Exception) -> None:
-        for _ in range(
-            8
-        ):  # a manager keeps the errors of all its writers, and raises one at a time, even in later saves
+        for _ in range(8):  # a manager keeps its writers' errors and raises them one at a time, even in later saves
             with contextlib.suppress(Exception):
                 self._manager.close()
                 break

@@ -210,7 +210,8 @@ class _Shuffled(grain.sources.RandomAccessDataSource[Batch]):
     """A grain source of batches: batch i of epoch e is a slice of permutation(seed, e), a pure function of the step."""
 
     def __init__(self, arrays: Batch, size: int, seed: tuple[int, ...], shard: int, shards: int):
-        self._arrays, self._size, self._rows = arrays, size, slice(shard, None, shards)
+        self._arrays, self._size = arrays, size
+        self._rows = slice(shard * size // shards, (shard + 1) * size // shards)  # in the global batch's order
         examples = size_of(arrays)
         self._per_epoch = examples // size
         permutation = lambda epoch: np.random.default_rng([*seed, epoch]).permutation(examples)

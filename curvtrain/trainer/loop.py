@@ -92,7 +92,8 @@ class Loop:
         began, config, view = time.perf_counter(), self.config, self.view
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._catch_sigterm())  # outermost: a second one must not cut short the last save
-            self.plan.lower(self.plan.kind(0))  # what is wrong with model or optimizer shows before anything is written
+            for kind in self.plan.kinds:
+                self.plan.lower(kind)  # what is wrong with model or optimizer shows before anything is written
             self._checkpoints = None if config.workdir is None else stack.enter_context(Checkpoints(config))
             self._description = self.plan.description()
             start = self._restore_or_init()
@@ -110,6 +111,7 @@ class Loop:
             if start >= config.steps or (start and self._due(config.eval_every) and not self._is_evaluated()):
                 self._evaluate()  # the latter: what SIGTERM cut short
             steps = range(start, config.steps) if not self._sigterm else ()  # after SIGTERM: nothing new to be saved
+            self._clock.restart()
             for step in steps:
                 self._step(step)
                 if self._between_steps():
@@ -213,7 +215,8 @@ class Loop:
         rate = len(window) / self._clock.seconds
         self._clock.restart()
         scalars = {f"train/{name}": value for name, value in compute(functools.reduce(merge, window)).items()}
-        scalars |= {name: float(value) for name, value in jax.device_get(telemetry(self.state)).items()}
+        seen = {name: float(value) for name, value in jax.device_get(telemetry(self.state)).items()}
+        scalars |= {name: value for name, value in seen.items() if math.isfinite(value)}  # no eigenpairs yet: infinite
         scalars["steps_per_second"] = rate
         self._record(self.view.step, scalars)
         self._report.log(self.view.step, scalars, rate)
@@ -315,7 +318,7 @@ def evaluate(
     for batch in eval_batches(data, plan.eval_batch_size):
         if interrupted():
             return None
-        seen = plan.eval_program(params, state.model_state, plan.put(batch))
+        seen = plan.eval_program(params, state.model_state, plan.put(batch, whole=True))
         total = merge(total, jax.device_get(seen))
     if total is None:
         raise ValueError("evaluate(data) has no examples.")

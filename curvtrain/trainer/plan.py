@@ -28,6 +28,8 @@ from curvtrain.trainer.step import Kind, MetricsFn, eval_step, train_step
 
 PyTree = Any
 
+HORIZON = 10_000  # steps of the schedule that are looked at to learn which programs a run needs
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -177,11 +179,14 @@ class Plan:
         """The state before the first step, born in its layout: no device ever holds more than its share."""
         return jax.jit(lambda: self._init()[0], out_shardings=self.layout)()
 
-    def put(self, batch: Batch) -> dict[str, jax.Array]:
-        """A process's rows of a batch as global arrays."""
-        rows = NamedSharding(self.mesh, sharding.batch_spec(self.mesh))
-        if jax.process_count() == 1:
+    def put(self, batch: Batch, *, whole: bool = False) -> dict[str, jax.Array]:
+        """A process's rows of a batch as global arrays; `whole`: each process gives all rows, and its own are taken."""
+        rows, processes = NamedSharding(self.mesh, sharding.batch_spec(self.mesh)), jax.process_count()
+        if processes == 1:
             return jax.device_put(batch, rows)
+        if whole:
+            own = lambda a: np.split(a, processes)[jax.process_index()]
+            batch = {name: own(a) for name, a in batch.items()}
         return {name: jax.make_array_from_process_local_data(rows, a) for name, a in batch.items()}
 
     def description(self) -> dict[str, Any]:
@@ -201,6 +206,11 @@ class Plan:
         if self.estimator is None:
             return Kind()
         return Kind(self.estimator.absorbs and self.schedule.updates(step), self.schedule.refreshes(step))
+
+    @functools.cached_property
+    def kinds(self) -> list[Kind]:
+        """The kinds of step that the schedule has, in order of appearance (in its first steps, if the run is long)."""
+        return list(dict.fromkeys(map(self.kind, range(min(self.config.steps, HORIZON)))))
 
     def wide(self, kind: Kind) -> bool:
         """Whether a step of this kind needs a curvature batch besides the training batch."""
@@ -242,10 +252,8 @@ class Plan:
     # -- dry run ---------------------------------------------------------------------------------------------------
 
     def report(self) -> "DryRun":
-        """Memory and FLOPs of every program of the schedule's first steps, and of the state; allocates nothing."""
-        horizon = range(min(self.config.steps, 10_000))
-        kinds = {self.kind(step): None for step in horizon}
-        programs = [ProgramReport.of(str(kind), self.step_program(kind)) for kind in kinds]
+        """Memory and FLOPs of every program, and of the state; allocates nothing."""
+        programs = [ProgramReport.of(str(kind), self.step_program(kind)) for kind in self.kinds]
         fields = ("params", "opt_state", "curvature", "model_state", "ema")
         state = {name: _bytes_per_device(getattr(self.state, name)) for name in fields}
         return DryRun(programs, state, dict(self.mesh.shape), batch_size(self.batch))

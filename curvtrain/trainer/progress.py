@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-MAX_SHOWN = 6  # scalars on a line
+MAX_SHOWN = 5  # scalars on a line
 
 
 class ProgressReport:

@@ -148,7 +148,6 @@ def second_order(options: RunOptions, name: str, base: optax.GradientTransformat
 
 def _table(options: RunOptions, results: Mapping[str, FitResult]) -> str:
     metrics = sorted({name for r in results.values() for name in r.metrics if name.startswith(("train/", "eval/"))})
-    metrics = [name for name in metrics if name != "eval/step"]
     rows = [["optimizer", "steps", *metrics, "seconds"]]
     for name, result in results.items():
         shown = [f"{result.metrics.get(metric, float('nan')):.4f}" for metric in metrics]
