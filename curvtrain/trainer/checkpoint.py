@@ -72,6 +72,7 @@ class Checkpoints:
     def __exit__(self, kind, *_) -> None:
         self._wait()
         self._manager.close()
+        self._clear_leftovers("*")  # a writer that failed may have left something after it was given up
         if self._failure is not None and kind is None:
             raise CheckpointError(f"The last checkpoint was not written. {self._failure}")
 
@@ -138,6 +139,11 @@ class Checkpoints:
             f"these folders away to start anew."
         )
 
+    def _clear_leftovers(self, step: str) -> None:
+        if jax.process_index() == 0:
+            for leftover in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
     def _set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, else its step could not be saved again; nobody's data is deleted."""
         if jax.process_index() == 0:
@@ -173,8 +179,7 @@ class Checkpoints:
             with contextlib.suppress(Exception):
                 self._manager.close()
                 break
-        for leftover in self.folder.glob(f"{self._under_way}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(leftover, ignore_errors=True)  # it takes the room that the next save needs
+        self._clear_leftovers(f"{self._under_way}")  # it takes the room that the next save needs
         self._manager = self._open(clean=False)
         self._failure = f"Saving step {self._under_way} failed: {_short(error)} On disk in {self.folder}: {self.steps}."
         log.error("%s Training goes on; the next save tries again.", self._failure)

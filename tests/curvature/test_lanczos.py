@@ -266,6 +266,17 @@ def test_a_warm_start_spends_fewer_products():
     assert solve(given, A, 1, solve(given, A, 0)).products > 16
 
 
+def test_a_warm_start_gets_as_far_with_fewer_products():
+    """After a small change of the matrix: 1.4e-6 at worst over 8 keys, against 1.2e-4 at best from a random start."""
+    before = rotated([40, 30, 22, 18, *np.linspace(0, 15, 56)])
+    after = before + np.float32(0.2) * TOP["random"].astype(np.float32)
+    values, scale = spectrum(after)
+    for seed in range(2):
+        pairs = solve(Lanczos(4), after, seed, solve(Lanczos(4, m=52), before, seed))
+        assert pairs.products == 10
+        np.testing.assert_allclose(pairs.values, values[::-1][:4], rtol=0, atol=1e-5 * scale)
+
+
 def test_the_batch_of_this_refresh_is_the_one_that_counts():
     estimator = Lanczos(4, m=52)
     previous = None
@@ -592,9 +603,9 @@ def gathered(program):
 def test_linear_algebra_on_a_sharded_basis_gathers_nothing():
     """A diagonal map needs no communication, so all of it would be ours: there are reductions only."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
-    specs = {"w": PartitionSpec("fsdp"), "b": PartitionSpec("fsdp")}
+    specs = {"w": PartitionSpec(None, "fsdp"), "b": PartitionSpec("fsdp")}  # a flattened w would have to be gathered
     values = np.random.default_rng(0).permutation(np.geomspace(1e-3, 1, 112)).astype(np.float32)
-    diagonal = {"w": values[:96].reshape(8, 6, 2), "b": values[96:]}
+    diagonal = {"w": values[:96].reshape(6, 8, 2), "b": values[96:]}
     params = jax.tree.map(jnp.zeros_like, diagonal)
     objective = Objective.from_loss(
         lambda p, d: 0.5 * sum(jnp.sum(d * p**2) for d, p in zip(jax.tree.leaves(d), jax.tree.leaves(p), strict=True))
