@@ -19,10 +19,6 @@ N, D, HIDDEN, CLASSES = 10, 3, 4, 3
 CLOSE = dict(rtol=1e-6, atol=1e-6)
 
 
-# The programs are small and run once or twice: LLVM's optimisations would double the time that they take to compile.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 class MLP(nnx.Module):
     def __init__(self, rngs, inputs=D, hidden=HIDDEN, classes=CLASSES, **options):
         self.a = nnx.Linear(inputs, hidden, rngs=rngs, **options)
@@ -85,7 +81,7 @@ def float64(tree):
     return jax.tree.map(lambda a: np.asarray(a, np.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _reference(loss_fn, p, batch):
     return loss_fn(p, batch), *jax.jvp(lambda p: jax.grad(loss_fn)(p, batch), (p,), (p,))
 
@@ -96,14 +92,14 @@ def reference(loss_fn, p, batch):
         return jax.tree.map(np.asarray, _reference(loss_fn, float64(p), float64(batch)))
 
 
-@jit
+@jax.jit
 def derivatives(objective, params, batch, key=None):
     """((loss, gradient, H params), model state) of an objective."""
     loss, grads, state, _ = objective.value_and_grad(params, batch, key)
     return (loss, grads, products.hvp(objective, params, params, batch, key)), state
 
 
-@jit
+@jax.jit
 def loss_of(objective, params, batch, key=None):
     return objective.loss(params, batch, key)
 
@@ -257,7 +253,7 @@ def test_sown_values_are_not_state():
             return self.b(h)
 
     objective, params = make(Sowing, microbatch=4)
-    loss, _, state, _ = jit(objective.value_and_grad)(params, data())
+    loss, _, state, _ = jax.jit(objective.value_and_grad)(params, data())
     assert state == {}
     np.testing.assert_allclose(loss, reference(mlp_loss, params, data())[0], **CLOSE)
 
@@ -278,7 +274,7 @@ def test_state_that_is_counted_not_averaged():
             return super().__call__(x)
 
     objective, params = make(Counting, microbatch=4)
-    state = jit(objective.value_and_grad)(params, data(10))[2]
+    state = jax.jit(objective.value_and_grad)(params, data(10))[2]
     assert state["calls"] == 3
 
 
@@ -347,7 +343,7 @@ def test_the_hessian_with_dropout_is_that_of_one_mask():
 def test_pieces_have_dropout_masks_of_their_own():
     objective, params = make(Dropped, microbatch=5)
     same = jax.tree.map(lambda a: np.repeat(a[:1], 10, axis=0), data())
-    outputs = jit(functools.partial(objective.value_and_grad, observe=lambda z, piece: z))(
+    outputs = jax.jit(functools.partial(objective.value_and_grad, observe=lambda z, piece: z))(
         params, same, jax.random.key(0)
     )[3]
     assert outputs.shape == (2, 5, CLASSES)
@@ -441,7 +437,7 @@ def test_scanned_layers_with_dropout_have_a_mask_each():
 # -- masked examples -------------------------------------------------------------------------------------------------
 
 
-@jit
+@jax.jit
 def quantities(objective, params, batch):
     """Everything that is a function of the batch: loss, gradient and products."""
     return {
@@ -567,14 +563,14 @@ def test_observations_are_stacked_in_the_order_of_the_pieces():
     objective, params = make(microbatch=2)
     batch = {**data(8), "row": np.arange(8)}
     observe = lambda outputs, piece: (piece["row"], outputs)
-    run = jit(lambda objective, batch: objective.value_and_grad(params, batch, observe=observe)[3])
+    run = jax.jit(lambda objective, batch: objective.value_and_grad(params, batch, observe=observe)[3])
     rows, outputs = run(objective, batch)
     np.testing.assert_array_equal(rows, [[0, 4], [1, 5], [2, 6], [3, 7]])
     np.testing.assert_allclose(outputs, np.asarray(objective.predict(params, batch))[rows], **CLOSE)
     np.testing.assert_array_equal(run(objective.with_microbatch(None), batch)[0], [np.arange(8)])
     total = lambda batch: objective.value_and_grad(params, batch, observe=lambda _, piece: jnp.sum(piece["row"]))[3]
     ragged = {**data(7), "row": np.arange(7)}
-    np.testing.assert_array_equal(jit(total)(ragged), [0 + 3, 1 + 4, 2 + 5, 6])
+    np.testing.assert_array_equal(jax.jit(total)(ragged), [0 + 3, 1 + 4, 2 + 5, 6])
 
 
 @pytest.mark.parametrize("n", [8, 10])
@@ -607,7 +603,7 @@ def test_an_objective_is_an_argument_of_jit_and_does_not_retrace():
 
     objective, params = make(Normed, predict=predict)
 
-    @jit
+    @jax.jit
     def step(objective, params, batch, key):
         loss, grads, state, _ = objective.value_and_grad(params, batch, key)
         return objective.with_state(state), jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), loss

@@ -5,7 +5,7 @@ Symbols, after Golub and Van Loan (2013), "Matrix computations", section 10.3:
 | symbol | shape | meaning |
 |---|---|---|
 | A | | the symmetric map, known through `matvec` |
-| Q | (m, *param.shape) | orthonormal basis vectors q_0 ... q_{s-1}; the rows from s on are zero |
+| Q | (m, *param.shape) | orthonormal basis vectors q_0 ... q_{s-1}, then zeros; kept in a few blocks of rows |
 | T | (m, m) | Q A Q^T, the projected map; tridiagonal except where the iteration was restarted |
 | s | () | vectors in the basis = products with A that were spent |
 | theta, Y | (m,), (m, m) | eigenpairs of T: Ritz values, and Ritz vectors Y^T Q |
@@ -23,6 +23,7 @@ What textbook Lanczos gets wrong in float32, and what is done here:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,7 @@ PyTree = Any
 _EPS = float(jnp.finfo(jnp.float32).eps)
 _BREAKDOWN = 1e-5  # beta below this multiple of |T| is rounding noise of a float32 product
 _REMOVED = 1e-3  # a Gram-Schmidt pass that removes this share of a vector or more is followed by another
-_PREFIXES = 4  # the basis is orthogonalised against in quarters: zero rows are not read
+_BLOCKS = 4  # of rows in which the basis is kept: blocks that are still zero are not read
 CHECK_EVERY = 5  # products between two looks at the residuals
 VERIFY = 6  # products that a random restart gets to turn up an eigenvalue that was missed
 
@@ -46,10 +47,15 @@ VERIFY = 6  # products that a random restart gets to turn up an eigenvalue that 
 class Krylov:
     """A Krylov basis and the map's projection onto it; see the module's table of symbols."""
 
-    Q: PyTree
+    Q: tuple[PyTree, ...]  # blocks of consecutive rows
     T: jax.Array
     leak: jax.Array
     s: jax.Array
+
+    def combine(self, Y: jax.Array) -> PyTree:
+        """Y^T Q for coordinates Y (m, w) in the basis: w vectors, every leaf (w, *param.shape)."""
+        parts = [trees.combine(Y[i : i + _rows(block)], block) for i, block in _offsets(self.Q)]
+        return functools.reduce(trees.add, parts)
 
 
 Select = Callable[[jax.Array, jax.Array], jax.Array]  # (theta ascending, alive) -> indices of the wanted pairs
@@ -102,8 +108,8 @@ def iterate(
 
     def body(carry: _Carry) -> _Carry:
         k, q, i = carry.krylov, carry.q, carry.krylov.s
-        Q = trees.with_row(k.Q, i, q)
-        w, column, beta = _orthogonalise(matvec(q), q, carry.beta, Q, i)  # q → A q, less the basis
+        Q = tuple(_with_row(block, i - first, q) for first, block in _offsets(k.Q))
+        w, column, beta = _orthogonalise(matvec(q), q, carry.previous, carry.beta, Q, i)  # q → A q, less the basis
         T = k.T.at[:, i].set(column).at[i, :].set(column)
         k = Krylov(Q, T, k.leak.at[i].set(beta), i + 1)
 
@@ -131,6 +137,7 @@ def iterate(
             # unless it is dropped, what the column has outside is the next basis vector; the last one stays outside
             krylov=Krylov(Q, k.T, k.leak.at[i].set(jnp.where(restart | done | (k.s >= limit), beta, 0.0)), k.s),
             q=following,
+            previous=q,
             beta=jnp.where(restart, 0.0, beta),
             look_at=jnp.where(due, k.s + jnp.where(verify, VERIFY, CHECK_EVERY), carry.look_at),
             verifying=carry.verifying | verify,
@@ -140,10 +147,13 @@ def iterate(
 
     wanted = jax.eval_shape(select, jnp.zeros(rows), jnp.ones(rows, bool)).shape
     T, leak = jnp.zeros((rows, rows), jnp.float32), jnp.zeros(rows, jnp.float32)
-    empty = Krylov(trees.zeros(start, rows), T, leak, jnp.int32(0))
+    size = -(-rows // _BLOCKS)
+    blocks = tuple(trees.zeros(start, min(size, rows - first)) for first in range(0, rows, size))
+    empty = Krylov(blocks, T, leak, jnp.int32(0))
     carry = _Carry(
         krylov=empty,
         q=trees.scale(1.0 / trees.norm(start), start),
+        previous=trees.zeros(start),
         beta=jnp.float32(0),
         look_at=jnp.int32(minimum),
         verifying=jnp.bool_(False),
@@ -160,20 +170,19 @@ class _Carry:
 
     krylov: Krylov
     q: PyTree  # the vector that the next product takes: what will be row s of Q
-    beta: jax.Array  # <q, A times row s - 1>: zero after a restart
+    previous: PyTree  # row s - 1
+    beta: jax.Array  # <q, A previous>: zero after a restart
     look_at: jax.Array  # s at which the residuals are looked at next
     verifying: jax.Array  # whether the wanted pairs have converged once and a random restart has followed
     seen: jax.Array  # the wanted Ritz values at the last look
     done: jax.Array
 
 
-def _orthogonalise(w, q, beta, Q, i):
+def _orthogonalise(w, q, previous, beta, Q, i):
     """A q_i less its components on q_0 ... q_i, those components, and its length then: (w, column of T, |w|)."""
     alpha = trees.dot(q, w)
-    previous = trees.row(Q, jnp.maximum(i - 1, 0))  # beta is zero where there is none
     w = jax.tree.map(lambda w, q, p: w - alpha * q - beta * p, w, q, previous)  # three-term recurrence
-    rows = jax.tree.leaves(Q)[0].shape[0]
-    index = jnp.arange(rows)
+    index = jnp.arange(sum(map(_rows, Q)))
     column = jnp.where(index == i, alpha, 0.0) + jnp.where(index == i - 1, beta, 0.0)
     w, c = _project_out(w, Q, i)
     length = trees.norm(w)
@@ -189,18 +198,34 @@ def _orthogonalise(w, q, beta, Q, i):
 
 def _project_out(w, Q, i):
     """w less its components on rows 0 ... i of Q, and these components (m,): one pass of classical Gram-Schmidt."""
-    rows = jax.tree.leaves(Q)[0].shape[0]
-    prefixes = sorted({-(-rows * (j + 1) // _PREFIXES) for j in range(_PREFIXES)})
+    rows = sum(map(_rows, Q))
 
-    def pass_over(prefix):
+    def against(count):
         def run(w, Q):
-            head = jax.tree.map(lambda q: q[:prefix], Q)
-            c = trees.coefficients(head, w)
-            return trees.subtract(w, trees.combine(c, head)), jnp.pad(c, (0, rows - prefix))
+            c = [trees.coefficients(block, w) for block in Q[:count]]
+            inside = functools.reduce(trees.add, map(trees.combine, c, Q[:count]))
+            return trees.subtract(w, inside), jnp.pad(jnp.concatenate(c), (0, rows - sum(map(len, c))))
 
         return run
 
-    # The conditional does more than skip rows: without it, XLA fuses the write of the newest row into every reader of
-    # the basis, and copies the basis whole in each iteration.
-    index = jnp.searchsorted(jnp.asarray(prefixes), i + 1)
-    return jax.lax.switch(index, [pass_over(p) for p in prefixes], w, Q)
+    # Blocks and a conditional, for two reasons: rows that are still zero are not read (a slice of one array would be
+    # copied), and without a conditional XLA fuses the write of the newest row into every reader of the basis, and
+    # copies the basis whole in each iteration.
+    return jax.lax.switch(i // _rows(Q[0]), [against(count + 1) for count in range(len(Q))], w, Q)
+
+
+def _rows(block: PyTree) -> int:
+    return jax.tree.leaves(block)[0].shape[0]
+
+
+def _offsets(Q: tuple[PyTree, ...]) -> list[tuple[int, PyTree]]:
+    """The blocks of a basis with the index of their first row."""
+    return [(j * _rows(Q[0]), block) for j, block in enumerate(Q)]
+
+
+def _with_row(block: PyTree, index: jax.Array, vector: PyTree) -> PyTree:
+    """The block with row `index` replaced; unchanged if it has no such row. In place."""
+    inside = (index >= 0) & (index < _rows(block))
+    index = jnp.clip(index, 0, _rows(block) - 1)
+    kept = jax.tree.map(lambda old, new: jnp.where(inside, new, old), trees.row(block, index), vector)
+    return trees.with_row(block, index, kept)

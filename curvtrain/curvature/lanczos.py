@@ -142,7 +142,7 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
         values, Y, residuals = krylov.ritz(space, self._wanted)
         new = Eigenpairs(
             values=values,
-            vectors=trees.combine(Y, space.Q),
+            vectors=space.combine(Y),
             residuals=residuals,
             converged=residuals <= self.tol * jnp.abs(values),
             refreshes=curvature.refreshes + 1,

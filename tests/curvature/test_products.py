@@ -25,10 +25,6 @@ N, TIME, D, HIDDEN, OUTPUTS = 6, 3, 3, 4, 3
 CLOSE = dict(rtol=1e-6, atol=1e-6)
 
 
-# The programs are small and run once or twice: LLVM's optimisations would double the time that they take to compile.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 class MLP(nnx.Module):
     def __init__(self, rngs, **options):
         self.a = nnx.Linear(D, HIDDEN, rngs=rngs, **options)
@@ -119,13 +115,13 @@ def in_float64(function, *args):
         return jax.tree.map(np.asarray, function(*args))
 
 
-@functools.partial(jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
 def derivatives_of_outputs(theta, x, unravel):
     z = lambda theta: outputs_of(unravel(theta), x)
     return z(theta), jax.jacobian(z)(theta), jax.hessian(z)(theta)  # (i, o), (i, o, n), (i, o, n, n)
 
 
-@functools.partial(jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2)
 def derivatives_of_values(z, t, value):
     return jax.vmap(jax.grad(value))(z, t), jax.vmap(jax.hessian(value))(z, t)  # (i, o), (i, o, p)
 
@@ -166,7 +162,7 @@ fvp = {fisher: functools.partial(products.fvp, fisher=fisher) for fisher in prod
 PRODUCTS = {"hessian": products.hvp, "ggn": products.ggnvp, **fvp}
 
 
-@functools.partial(jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def matrices_of(names, objective, params, batch, key=None):
     matrix = lambda product: products.as_matrix(lambda v: product(objective, params, v, batch, key), params)
     return {name: matrix(PRODUCTS[name]) for name in names}
@@ -204,7 +200,7 @@ def test_sampled_fisher_is_exact_in_expectation(name):
     case = CASES[name]
     (objective, params), batch = build(case.loss), batch_for(case)
     v = jax.tree.map(jnp.ones_like, params)
-    many = jit(jax.vmap(lambda key: ravel_pytree(fvp["sampled"](objective, params, v, batch, key))[0]))
+    many = jax.jit(jax.vmap(lambda key: ravel_pytree(fvp["sampled"](objective, params, v, batch, key))[0]))
     draws = np.asarray(many(jax.random.split(jax.random.key(0), 4000)), np.float64)
     error = draws.std(0) / np.sqrt(len(draws))
     matrices = dense(case, params, batch)
@@ -229,7 +225,7 @@ def test_pieces(microbatch):
     v = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size, dtype=jnp.float32)).reshape(p.shape), params)
     names = ("hessian", "ggn", "sampled", "empirical")
     run = lambda objective: {name: PRODUCTS[name](objective, params, v, batch, jax.random.key(0)) for name in names}
-    for name, got in jit(run)(objective.with_microbatch(microbatch)).items():
+    for name, got in jax.jit(run)(objective.with_microbatch(microbatch)).items():
         want = compared("softmax, masked sequence")[name][1] @ np.asarray(ravel_pytree(v)[0], np.float64)
         np.testing.assert_allclose(ravel_pytree(got)[0], want, **CLOSE)
 
@@ -284,7 +280,7 @@ def test_parameters_of_another_dtype_are_read_exactly():
     names = {"hessian": "hessian", "ggn": "ggn", "empirical": "outer"}
     run = lambda params: {name: PRODUCTS[name](objective, params, params, batch) for name in names}
     v = np.asarray(ravel_pytree(params)[0], np.float64)
-    for name, got in jit(run)(params).items():
+    for name, got in jax.jit(run)(params).items():
         assert {a.dtype for a in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
         np.testing.assert_allclose(ravel_pytree(got)[0], want[names[name]] @ v, **CLOSE)
 
@@ -297,7 +293,7 @@ def test_a_model_that_computes_in_bfloat16():
     batch, v = batch_for(case), np.asarray(ravel_pytree(params)[0], np.float64)
     names = {"hessian": "hessian", "ggn": "ggn", "empirical": "outer"}
     run = lambda params: {name: PRODUCTS[name](objective, params, params, batch) for name in names}
-    for name, got in jit(run)(params).items():
+    for name, got in jax.jit(run)(params).items():
         want = dense(case, params, batch)[names[name]] @ v
         assert {a.dtype for a in jax.tree.leaves(got)} == {jnp.dtype(jnp.float32)}
         np.testing.assert_allclose(ravel_pytree(got)[0], want, rtol=0, atol=2e-2 * np.abs(want).max())
@@ -326,7 +322,7 @@ def test_batch_norm_products_see_the_whole_batch():
         a = x @ p["a"]["kernel"] + p["a"]["bias"]
         return (a - a.mean(0)) / jnp.sqrt(a.var(0) + 1e-5) * p["norm"]["scale"] + p["norm"]["bias"]
 
-    J = in_float64(jit(jax.jacobian(z_of)), theta, batch["x"]).reshape(-1, len(theta))
+    J = in_float64(jax.jit(jax.jacobian(z_of)), theta, batch["x"]).reshape(-1, len(theta))
     # entries up to 2 after a division by standard deviations: the worst error measured is 1e-6
     got = matrices_of(("ggn",), objective, params, batch)["ggn"]
     np.testing.assert_allclose(got, J.T @ J / N, **CLOSE)
