@@ -18,7 +18,7 @@ from common.images import ImageData, load_images
 from common.resnet import ResNet
 from common.runs import RunOptions, run
 
-RATES = {"adam": 3e-3, "adamw": 3e-3, "momentum": 0.1, "nesterov": 0.1, "sgd": 0.3}
+RATES = {"adam": 1e-2, "adamw": 1e-2, "momentum": 0.1, "nesterov": 0.1, "sgd": 0.3}
 RATES |= {f"fosi_{name}": rate for name, rate in RATES.items()}
 
 
@@ -37,6 +37,7 @@ class Options(RunOptions):
     data_folder: str | None = None
     depth: int = 8
     width: int = 16
+    steps: int = 200
     workdir: str = "runs/resnet_fosi"
 
 
