@@ -34,7 +34,7 @@ def test_a_recipe_trains_compares_and_resumes(recipe, tmp_path):
     assert re.search(r"step 4/4 .* steps/s .* left", first)
     second = run(recipe, *common, "--steps", "6")
     assert "resumed after step 4" in second
-    table = re.search(r"optimizer +steps.*\n +fosi_adam +6 .*\n +adam +6 ", second)
+    table = re.search(r"optimizer +steps.*\n *fosi_adam +6 .*\n *adam +6 ", second)
     assert table, second
     assert (tmp_path / "run" / "comparison.png").stat().st_size > 10_000
 

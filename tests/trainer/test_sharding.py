@@ -210,7 +210,8 @@ def test_a_batch_is_divisible_over_the_mesh(options):
 STEPS = 20
 OPTIMIZER = optim.fosi(optax.adam(1e-2))
 # Every pair counts, and every refresh takes all of its products: no threshold for rounding to fall on either side of.
-ESTIMATOR = Lanczos(k=2, m=8, tol=1e9, stop=0.0)
+# Enough products for the pairs to converge: the vectors of unconverged ones amplify rounding.
+ESTIMATOR = Lanczos(k=2, m=32, tol=1e9, stop=0.0)
 
 
 def by_hand():
@@ -253,5 +254,5 @@ def test_training_does_not_depend_on_the_mesh(layout, one_device):
         **layout,
     ).fit()
     assert one_device[-1] < 0.7 * one_device[0]  # it trains
-    # Sums in another order, and 20 steps of Lanczos and Adam that amplify their rounding: 8e-7 was measured.
+    # Sums in another order, and 20 steps of Lanczos and Adam that amplify their rounding: 1e-6 was measured.
     np.testing.assert_allclose(losses_of(result), one_device, rtol=2e-5)
