@@ -235,7 +235,7 @@ def main() -> None:
     mlp = [64, 256, 256, 10]
     cases: dict[str, Callable[[], dict[str, float]]] = {
         "Trainer / hand-written loop, ~10 ms steps": lambda: trainer_against_loop(
-            [256, 1024, 1024, 10], 256, 20, args.rounds
+            [256, 1024, 1024, 10], 384, 50, args.rounds
         ),
         "Trainer / hand-written loop, 100 leaves": lambda: trainer_against_loop([8] * 50 + [10], 8, 200, args.rounds),
         "FOSI / Adam, refresh every 300": lambda: fosi_against_adam(mlp, 256, 300, args.rounds),

@@ -37,7 +37,9 @@ PyTree = Any
 _EPS = float(jnp.finfo(jnp.float32).eps)
 _BREAKDOWN = 1e-5  # beta below this multiple of |T| is rounding noise of a float32 product
 _REMOVED = 1e-3  # a Gram-Schmidt pass that removes this share of a vector or more is followed by another
-_BLOCKS = 4  # of rows in which the basis is kept: blocks that are still zero are not read
+_BLOCKS = (
+    2  # of rows in which the basis is kept: a block that is still zero is not read; every block costs a call per leaf
+)
 CHECK_EVERY = 5  # products between two looks at the residuals
 VERIFY = 6  # products that a random restart gets to turn up an eigenvalue that was missed
 

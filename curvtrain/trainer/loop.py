@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from jax.experimental import multihost_utils
 
@@ -33,7 +34,7 @@ from curvtrain.trainer.writers import open_writers
 
 log = logging.getLogger("curvtrain")
 
-IN_FLIGHT = 4  # steps that the host may run ahead of the devices: bounds the batches that wait there
+IN_FLIGHT_BYTES = 2**27  # of batches that may wait on the devices: how far the host may run ahead of them
 
 
 class Diverged(RuntimeError):
@@ -75,6 +76,7 @@ class Loop:
         self._train_batches: Any = None
         self._curvature_batches: Any = None
         self._window: list[Metrics] = []  # of the steps since the last log
+        self._in_flight = max(2, IN_FLIGHT_BYTES // sum(a.size * a.dtype.itemsize for a in plan.batch.values()))
         self._clock = Clock()
         self._sigterm = False
 
@@ -132,8 +134,8 @@ class Loop:
         wide = plan.put(next(self._curvature_batches)) if plan.wide(kind) else None
         self.state, seen = plan.step_program(kind)(self.state, batch, wide)
         self._window.append(seen)
-        if len(self._window) > IN_FLIGHT:
-            jax.block_until_ready(self._window[-IN_FLIGHT])
+        if len(self._window) > self._in_flight:
+            jax.block_until_ready(self._window[-self._in_flight])
         self.view.step, self.view.state = step + 1, self.state
 
     def _between_steps(self) -> bool:
@@ -211,7 +213,7 @@ class Loop:
         if not self._window:
             return
         self._check_losses()
-        window, self._window = jax.device_get(self._window), []
+        window, self._window = self._window, []
         rate = len(window) / self._clock.seconds
         self._clock.restart()
         scalars = {f"train/{name}": value for name, value in compute(functools.reduce(merge, window)).items()}
@@ -267,10 +269,11 @@ class Loop:
 
     def _check_losses(self) -> None:
         """Raises Diverged at the first step since the last log whose loss is not finite."""
+        self._window = jax.device_get(self._window)
         first, last = self.view.step - len(self._window) + 1, self.view.step
-        for step, seen in enumerate(jax.device_get(self._window), start=first):
-            loss = float(seen["loss"].compute())
-            if not math.isfinite(loss):
+        for step, seen in enumerate(self._window, start=first):
+            if not np.isfinite(seen["loss"].total):
+                loss = float(seen["loss"].compute())
                 raise self._diverged(f"The training loss is {loss} at step {step} (seen in steps {first} to {last})")
 
     def _diverged(self, what: str) -> Diverged:
