@@ -4,8 +4,8 @@ python recipes/char_lm.py                                       # the Python sta
 python recipes/char_lm.py --model gru --optimizer adam
 python recipes/char_lm.py --text shakespeare.txt --layers 4 --width 256 --steps 5000
 
-Measured on 2026-11-21 (2 CPU cores, jax 0.10.2, seed 0, 55 s) with --steps 150 --refresh-every 50 --eval-every 150: test
-loss 2.302 with FOSI and 2.318 with Adam at the same rate, which was not tuned.
+Measured on 2026-11-21 (2 CPU cores, jax 0.10.2, seed 0, 55 s) with --steps 150 --refresh-every 50 --eval-every 150:
+test loss 2.302 with FOSI and 2.318 with Adam at the same rate, which was not tuned.
 """
 
 import dataclasses
