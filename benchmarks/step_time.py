@@ -209,7 +209,7 @@ def refresh_against_hvps(sizes: list[int], batch_size: int, rounds: int) -> dict
 
         return jax.lax.scan(body, vector, None, length=products)[0]
 
-    vector = trees.random_normal(key, params)
+    vector = trees.random(key, params)
     jax.block_until_ready(hvps(params, vector))
     times: dict[str, list[float]] = {"refresh": [], "hvps": []}
     for _ in range(rounds):

@@ -239,6 +239,10 @@ class Objective:
         grads = jax.tree.map(lambda g, p: (g / safe(weight)).astype(p.dtype), grads, params)
         return total / safe(weight), grads, state, seen
 
+    def in_one_piece(self, batch: Any) -> bool:
+        """Whether the batch is no larger than `microbatch`."""
+        return self.microbatch is None or self.microbatch >= batch_size(batch)
+
     def accumulate(self, sums: Callable[[Any, jax.Array | None], Sums], batch: Any, key: jax.Array | None) -> Sums:
         """Adds `sums(piece, key)` over the pieces of the batch, in float32; each piece has its own key."""
         step = lambda state, piece, k: (state, sums(piece, k), None)
@@ -267,9 +271,10 @@ class Objective:
     def _walk(self, step, state, batch, key):
         """Runs `step(state, piece, key) -> (state, sums, seen)` over the pieces: (state, added sums, stacked seen)."""
         m = self.microbatch
-        if m is None or m >= (size := batch_size(batch)):
+        if m is None or self.in_one_piece(batch):
             state, sums, seen = step(state, batch, key)
             return state, sums, jax.tree.map(lambda a: a[None], seen)
+        size = batch_size(batch)
         pieces, rest = divmod(size, m)
         keys = [None] * (pieces + 1) if key is None else jax.random.split(key, pieces + 1)
         # Piece j takes rows j, j + pieces, ...: a batch that is sharded over devices in contiguous blocks then gives

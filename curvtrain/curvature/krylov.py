@@ -24,6 +24,7 @@ What textbook Lanczos gets wrong in float32, and what is done here:
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,6 @@ PyTree = Any
 _EPS = float(jnp.finfo(jnp.float32).eps)
 _BREAKDOWN = 1e-5  # beta below this multiple of |T| is rounding noise of a float32 product
 _REMOVED = 1e-3  # a Gram-Schmidt pass that removes this share of a vector or more is followed by another
-_BLOCKS = (
-    2  # of rows in which the basis is kept: a block that is still zero is not read; every block costs a call per leaf
-)
 CHECK_EVERY = 5  # products between two looks at the residuals
 VERIFY = 6  # products that a random restart gets to turn up an eigenvalue that was missed
 
@@ -56,8 +54,8 @@ class Krylov:
 
     def combine(self, Y: jax.Array) -> PyTree:
         """Y^T Q for coordinates Y (m, w) in the basis: w vectors, every leaf (w, *param.shape)."""
-        parts = [trees.combine(Y[i : i + _rows(block)], block) for i, block in _offsets(self.Q)]
-        return functools.reduce(trees.add, parts)
+        branches = [functools.partial(_combine, Q=self.Q[: j + 1]) for j in range(len(self.Q))]
+        return jax.lax.switch(_live(self.Q, self.s - 1), branches, Y)
 
 
 Select = Callable[[jax.Array, jax.Array], jax.Array]  # (theta ascending, alive) -> indices of the wanted pairs
@@ -86,7 +84,7 @@ def iterate(
     start: PyTree,
     key: jax.Array,
     *,
-    rows: int,
+    blocks: tuple[int, ...],
     limit: jax.Array | int,
     minimum: int,
     select: Select,
@@ -98,8 +96,9 @@ def iterate(
       matvec: v -> A v, symmetric.
       start: the first direction, like the parameters, not zero.
       key: draws the vectors of restarts.
-      rows: m, the rows that the basis has room for (static).
-      limit: products to spend at most, <= rows (may be traced: a warm start gets fewer in the same program).
+      blocks: rows of the blocks in which the basis is kept, adding up to m (static). Rows that are still zero are not
+        read, block by block; every block costs a call per leaf.
+      limit: products to spend at most, <= m (may be traced: a warm start gets fewer in the same program).
       minimum: products after which convergence is first looked at (static).
       select: which Ritz values are wanted.
       stop: a pair counts as converged when its residual is at most stop * |theta|.
@@ -111,7 +110,8 @@ def iterate(
     def body(carry: _Carry) -> _Carry:
         k, q, i = carry.krylov, carry.q, carry.krylov.s
         Q = tuple(_with_row(block, i - first, q) for first, block in _offsets(k.Q))
-        w, column, beta = _orthogonalise(matvec(q), q, carry.previous, carry.beta, Q, i)  # q → A q, less the basis
+        w = matvec(q)  # q → A q
+        w, column, beta = _orthogonalise(w, q, carry.previous, carry.beta, Q, i)
         T = k.T.at[:, i].set(column).at[i, :].set(column)
         k = Krylov(Q, T, k.leak.at[i].set(beta), i + 1)
 
@@ -121,7 +121,8 @@ def iterate(
             converged = jnp.all(residual <= tolerance)
             return theta, converged, jnp.all(jnp.abs(theta - carry.seen) <= tolerance)
 
-        due = (k.s >= carry.look_at) & (k.s < limit)
+        # the first look orders a restart; one that comes too late for it has nothing to decide
+        due = (k.s >= carry.look_at) & (k.s + jnp.where(carry.verifying, 1, VERIFY) <= limit)
         missed = lambda _: (carry.seen, jnp.bool_(False), jnp.bool_(False))
         theta, converged, unchanged = jax.lax.cond(due, look, missed, None)
         done = converged & carry.verifying & unchanged
@@ -129,9 +130,9 @@ def iterate(
         restart = verify | (beta <= _BREAKDOWN * jnp.max(jnp.abs(k.T)))
 
         def fresh(_):
-            z = trees.random_normal(jax.random.fold_in(key, i), q)
+            z = trees.random(jax.random.fold_in(key, i), q)
             for _ in range(2):
-                z, _ = _project_out(trees.scale(1.0 / trees.norm(z), z), k.Q, i)
+                z, _ = _project_out(trees.scale(1.0 / trees.norm(z), z), k.Q)
             return trees.scale(1.0 / trees.norm(z), z)
 
         following = jax.lax.cond(restart, fresh, lambda _: trees.scale(1.0 / beta, w), None)
@@ -147,11 +148,10 @@ def iterate(
             done=done,
         )
 
+    rows = sum(blocks)
     wanted = jax.eval_shape(select, jnp.zeros(rows), jnp.ones(rows, bool)).shape
     T, leak = jnp.zeros((rows, rows), jnp.float32), jnp.zeros(rows, jnp.float32)
-    size = -(-rows // _BLOCKS)
-    blocks = tuple(trees.zeros(start, min(size, rows - first)) for first in range(0, rows, size))
-    empty = Krylov(blocks, T, leak, jnp.int32(0))
+    empty = Krylov(tuple(trees.zeros(start, size) for size in blocks), T, leak, jnp.int32(0))
     carry = _Carry(
         krylov=empty,
         q=trees.scale(1.0 / trees.norm(start), start),
@@ -186,34 +186,39 @@ def _orthogonalise(w, q, previous, beta, Q, i):
     w = jax.tree.map(lambda w, q, p: w - alpha * q - beta * p, w, q, previous)  # three-term recurrence
     index = jnp.arange(sum(map(_rows, Q)))
     column = jnp.where(index == i, alpha, 0.0) + jnp.where(index == i - 1, beta, 0.0)
-    w, c = _project_out(w, Q, i)
-    length = trees.norm(w)
-
-    def once_more(w):
-        w, c = _project_out(w, Q, i)
-        return w, c, trees.norm(w)
-
-    again = jnp.linalg.norm(c) > _REMOVED * length
-    w, c_again, length = jax.lax.cond(again, once_more, lambda w: (w, jnp.zeros_like(c), length), w)
-    return w, column + c + c_again, length
-
-
-def _project_out(w, Q, i):
-    """w less its components on rows 0 ... i of Q, and these components (m,): one pass of classical Gram-Schmidt."""
-    rows = sum(map(_rows, Q))
-
-    def against(count):
-        def run(w, Q):
-            c = [trees.coefficients(block, w) for block in Q[:count]]
-            inside = functools.reduce(trees.add, map(trees.combine, c, Q[:count]))
-            return trees.subtract(w, inside), jnp.pad(jnp.concatenate(c), (0, rows - sum(map(len, c))))
-
-        return run
 
     # Blocks and a conditional, for two reasons: rows that are still zero are not read (a slice of one array would be
     # copied), and without a conditional XLA fuses the write of the newest row into every reader of the basis, and
     # copies the basis whole in each iteration.
-    return jax.lax.switch(i // _rows(Q[0]), [against(count + 1) for count in range(len(Q))], w, Q)
+    def against(Q):
+        def run(w):
+            w, c = _project_out(w, Q)
+
+            def once_more(w):
+                w, more = _project_out(w, Q)
+                return w, c + more, trees.norm(w)
+
+            length = trees.norm(w)
+            again = jnp.linalg.norm(c) > _REMOVED * length
+            w, c, length = jax.lax.cond(again, once_more, lambda w: (w, c, length), w)
+            return w, jnp.pad(c, (0, column.size - c.size)), length
+
+        return run
+
+    w, c, length = jax.lax.switch(_live(Q, i), [against(Q[: j + 1]) for j in range(len(Q))], w)
+    return w, column + c, length
+
+
+def _combine(c, Q):
+    """Q^T c: a vector for coordinates c (m,), a basis of w vectors for (m, w)."""
+    parts = [trees.combine(c[first : first + _rows(block)], block) for first, block in _offsets(Q)]
+    return functools.reduce(trees.add, parts)
+
+
+def _project_out(w, Q):
+    """w less its components on the rows of Q, and these: one pass of classical Gram-Schmidt."""
+    c = jnp.concatenate([trees.coefficients(block, w) for block in Q])
+    return trees.subtract(w, _combine(c, Q)), c
 
 
 def _rows(block: PyTree) -> int:
@@ -222,7 +227,13 @@ def _rows(block: PyTree) -> int:
 
 def _offsets(Q: tuple[PyTree, ...]) -> list[tuple[int, PyTree]]:
     """The blocks of a basis with the index of their first row."""
-    return [(j * _rows(Q[0]), block) for j, block in enumerate(Q)]
+    ends = itertools.accumulate(map(_rows, Q))
+    return [(end - _rows(block), block) for end, block in zip(ends, Q, strict=True)]
+
+
+def _live(Q: tuple[PyTree, ...], i: jax.Array) -> jax.Array:
+    """The index of the block that holds row i."""
+    return sum(((i >= first).astype(jnp.int32) for first, _ in _offsets(Q)[1:]), jnp.int32(0))
 
 
 def _with_row(block: PyTree, index: jax.Array, vector: PyTree) -> PyTree:

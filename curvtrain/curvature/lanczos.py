@@ -118,7 +118,7 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
         tiny = jnp.finfo(jnp.float32).tiny
         is_warm = jnp.any(curvature.converged) & ~_repeated(curvature) & self.warm_start
 
-        random = trees.random_normal(jax.random.fold_in(key, 0), like)
+        random = trees.random(jax.random.fold_in(key, 0), like)
         random = trees.scale(1.0 / trees.norm(random), random)
         # Start: sum_i |lambda_i|^(-1/2) v_i over the previous pairs, normalised, plus a little of everything else. A
         # Krylov space finds large eigenvalues first, so the small ones get the head start: worst error of 10 values
@@ -129,29 +129,32 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
         share = jnp.where(is_warm, _NOVELTY, 1.0)
         start = jax.tree.map(lambda p, r: jnp.where(is_warm, p, 0.0) + share * r, previous, random)
 
+        # blocks that end where half of a warm iteration, a warm one and a cold one do
+        blocks = tuple(size for size in (warm - warm // 2, warm // 2, cold - warm) if size)
         space = krylov.iterate(
             matvec,
             start,
             jax.random.fold_in(key, 1),
-            rows=cold,
+            blocks=blocks,
             limit=jnp.where(is_warm, warm, cold),
             minimum=min(max(2 * pairs, 8), cold),
             select=self._wanted,
             stop=self.stop,
         )
         values, Y, residuals = krylov.ritz(space, self._wanted)
+        finite = jnp.all(jnp.isfinite(values)) & jnp.all(jnp.isfinite(residuals))
+        vectors = jax.lax.cond(finite, lambda: space.combine(Y), lambda: curvature.vectors)
         new = Eigenpairs(
             values=values,
-            vectors=space.combine(Y),
+            vectors=vectors,
             residuals=residuals,
             converged=residuals <= self.tol * jnp.abs(values),
             refreshes=curvature.refreshes + 1,
             products=space.s,
             failures=curvature.failures,
         )
-        finite = jnp.all(jnp.isfinite(values)) & jnp.all(jnp.isfinite(residuals))
-        kept = dataclasses.replace(curvature, failures=curvature.failures + 1, products=space.s)
-        return jax.tree.map(lambda good, old: jnp.where(finite, good, old), new, kept)
+        kept = dataclasses.replace(curvature, vectors=vectors, failures=curvature.failures + 1, products=space.s)
+        return jax.tree.map(lambda good, old: good if good is old else jnp.where(finite, good, old), new, kept)
 
     def partition_specs(self, curvature: Eigenpairs, param_specs, mesh) -> Eigenpairs:
         specs = jax.tree.map(lambda _: PartitionSpec(), curvature)

@@ -49,6 +49,10 @@ def hvp(objective: Objective, params: PyTree, vector: PyTree, batch: Any, key: j
       float32, like `params`.
     """
 
+    if objective.in_one_piece(batch):  # divide the loss, not the product: that is as large as the parameters
+        gradient = jax.grad(lambda p: objective.loss(p, batch, key))
+        return jax.jvp(gradient, (trees.float32(params),), (trees.float32(vector),))[1]  # v → H v
+
     def product(params, vector, piece, key):
         total = lambda p: objective.total(p, piece, key)
         _, Hv, weight = jax.jvp(jax.grad(total, has_aux=True), (params,), (vector,), has_aux=True)  # v → H v

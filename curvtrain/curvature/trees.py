@@ -5,6 +5,7 @@ local contraction and one reduction of a scalar (of m scalars for a basis).
 """
 
 import functools
+import math
 import operator
 from typing import Any
 
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 PyTree = Any
 
 exact = functools.partial(jax.default_matmul_precision, "highest")  # TF32 or bf16 contractions lose orthogonality
+
+_BYTE_DEVIATION = math.sqrt((256**2 - 1) / 12)  # of a uniform byte
 
 
 def size(params: PyTree) -> int:
@@ -32,11 +35,15 @@ def zeros(params: PyTree, rows: int | None = None) -> PyTree:
     return jax.tree.map(lambda p: jnp.zeros(lead + p.shape, jnp.float32), params)
 
 
-def random_normal(key: jax.Array, params: PyTree) -> PyTree:
-    """A float32 standard normal vector like the parameters."""
+def random(key: jax.Array, params: PyTree) -> PyTree:
+    """A float32 vector like the parameters: independent entries of mean 0 and variance 1, uniform on 256 levels.
+
+    For start vectors, where only the mean and the variance count: bytes take a fifth of the time of a normal sample.
+    """
     leaves, treedef = jax.tree.flatten(params)
+    level = lambda k, p: (jax.random.bits(k, p.shape, jnp.uint8).astype(jnp.float32) - 127.5) / _BYTE_DEVIATION
     keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([jax.random.normal(k, p.shape, jnp.float32) for k, p in zip(keys, leaves, strict=True)])
+    return treedef.unflatten([level(k, p) for k, p in zip(keys, leaves, strict=True)])
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:

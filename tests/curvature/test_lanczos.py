@@ -181,7 +181,9 @@ def test_krylov_basis_and_projection(name):
     @jax.jit
     def run(A, key):
         start = jax.random.normal(key, (60,))
-        return krylov.iterate(lambda v: A @ v, start, key, rows=30, limit=26, minimum=8, select=wanted, stop=1e-4)
+        return krylov.iterate(
+            lambda v: A @ v, start, key, blocks=(10, 20), limit=26, minimum=8, select=wanted, stop=1e-4
+        )
 
     space = run(jnp.asarray(A), jax.random.key(0))
     s = int(space.s)

@@ -53,7 +53,7 @@ def test_zeros_and_random_vectors():
     assert not np.any(flat(trees.zeros(a)))
     assert {k: v.shape for k, v in trees.zeros(a, 3).items()} == {"w": (3, 2, 3), "b": (3, 4), "s": (3,)}
     many = {"u": jnp.zeros(5000), "v": jnp.zeros((50, 100), jnp.bfloat16)}
-    z = trees.random_normal(jax.random.key(0), many)
+    z = trees.random(jax.random.key(0), many)
     assert {leaf.dtype for leaf in z.values()} == {jnp.dtype(jnp.float32)}
     z = flat(z)
     # mean 0, variance 1, and leaves that are independent of each other: five standard errors
