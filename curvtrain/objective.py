@@ -58,9 +58,11 @@ class _Model:
         # copy=True: without it, BatchNorm inside an HVP raises TraceContextError when it assigns its statistics
         return nnx.merge(graph, params, self.random_state(key), model_state, copy=True)
 
-    def apply(self, params, model_state, batch, key, evaluation: bool) -> tuple[Any, PyTree]:
+    def apply(self, params, model_state, batch, key, evaluation: bool, prepare=None) -> tuple[Any, PyTree]:
         graph = self.evaluation if evaluation else self.deterministic if key is None else self.train
         module = self.merge(graph, params, model_state, key)
+        if prepare is not None:
+            prepare(module)
         outputs = self.predict(module, batch)
         rest = nnx.to_pure_dict(_split(module, self.wrt)[-1])
         # keep what the split module had; variables that a forward pass adds (sown values) are not part of the state
@@ -195,9 +197,17 @@ class Objective:
 
     # -- values ----------------------------------------------------------------------------------------------------
 
-    def predict(self, params: PyTree, batch: Any, key: jax.Array | None = None) -> Any:
-        """The model's outputs for the whole batch, in one piece."""
-        return self._require_outputs("predict").apply(params, self.model_state, batch, key, self.evaluating)[0]
+    def predict(
+        self,
+        params: PyTree,
+        batch: Any,
+        key: jax.Array | None = None,
+        *,
+        prepare: Callable[[nnx.Module], None] | None = None,
+    ) -> Any:
+        """The model's outputs for the whole batch, in one piece; `prepare` may change the module that computes them."""
+        model = self._require_outputs("predict")
+        return model.apply(params, self.model_state, batch, key, self.evaluating, prepare)[0]
 
     def loss(self, params: PyTree, batch: Any, key: jax.Array | None = None) -> jax.Array:
         """The mean loss over the (unmasked) examples: a float32 scalar."""

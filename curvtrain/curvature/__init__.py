@@ -2,7 +2,11 @@
 
 from curvtrain.curvature.base import Curvature as Curvature
 from curvtrain.curvature.base import CurvatureEstimator as CurvatureEstimator
+from curvtrain.curvature.capture import Layer as Layer
+from curvtrain.curvature.capture import register_layer as register_layer
 from curvtrain.curvature.eigenpairs import Eigenpairs as Eigenpairs
+from curvtrain.curvature.kfac import KFAC as KFAC
+from curvtrain.curvature.kfac import KroneckerFactors as KroneckerFactors
 from curvtrain.curvature.lanczos import Lanczos as Lanczos
 from curvtrain.curvature.products import as_matrix as as_matrix
 from curvtrain.curvature.products import fvp as fvp

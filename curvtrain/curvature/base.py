@@ -68,3 +68,7 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
     @abc.abstractmethod
     def partition_specs(self, curvature: C, param_specs: PyTree, mesh: jax.sharding.Mesh) -> Any:
         """A `PartitionSpec` for every leaf of the curvature, given those of the parameters."""
+
+    def overview(self, objective: Objective, params: PyTree) -> str:
+        """A table of what is estimated of which parameter, printed when training starts; empty if there is none."""
+        return ""

@@ -201,6 +201,8 @@ class Loop:
         say, plan = self._report.say, self.plan
         overview = parameter_overview.get_parameter_overview(plan.state.params, include_stats=False, max_lines=40)
         say(overview)
+        if plan.estimator is not None and (table := plan.estimator.overview(plan.objective, plan.state.params)):
+            say(table)
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
         say(f"{devices}; {self.config.steps} steps of {self.config.batch_size} examples")
         if start:

@@ -1,0 +1,149 @@
+"""Which layer every parameter belongs to: proof that none is forgotten, and a table that says so."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from curvtrain.curvature.capture.layers import LAYERS, WRAPPERS, Layer, Path, PlainParameter, Unsupported
+from curvtrain.objective import Objective
+
+PyTree = Any
+
+UNCOVERED = ("error", "diagonal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Coverage:
+    """The layers of a model, every parameter in exactly one of them. Static: hashable, without arrays.
+
+    Attributes:
+      layers: in the order of the parameters; `PlainParameter`s last.
+    """
+
+    layers: tuple[Layer, ...]
+
+    @property
+    def known(self) -> tuple[Layer, ...]:
+        """The layers other than plain parameters."""
+        return tuple(layer for layer in self.layers if not isinstance(layer, PlainParameter))
+
+    @property
+    def plain(self) -> tuple[PlainParameter, ...]:
+        return tuple(layer for layer in self.layers if isinstance(layer, PlainParameter))
+
+    def matrices(self, vector: PyTree) -> dict[str, jax.Array]:
+        """A vector like the parameters as each layer's M."""
+        return {layer.name: layer.matrix(_at(vector, layer.path)) for layer in self.layers}
+
+    def vector(self, matrices: Mapping[str, jax.Array]) -> PyTree:
+        """The inverse of `matrices`: a nested dict like the parameters."""
+        tree: dict[Any, Any] = {}
+        for layer in self.layers:
+            node = tree
+            for part in layer.path:
+                node = node.setdefault(part, {})
+            node.update(layer.parameters(matrices[layer.name]))
+        return tree
+
+    def table(self, blocks: Mapping[str, tuple[str, int]]) -> str:
+        """A table of path, layer, block, shapes, bytes of curvature and share of the parameters.
+
+        Args:
+          blocks: for each layer's name, the kind of its block and the bytes of its curvature.
+        """
+        total = sum(layer.size for layer in self.layers)
+        head = ("parameters", "layer", "block", "shapes", "curvature bytes", "share")
+        lines = [head]
+        for layer in self.layers:
+            kind, size = blocks[layer.name]
+            shapes = ", ".join(f"{name} {(*layer.stack, *shape)}" for name, shape in layer.shapes)
+            lines.append((layer.name or ".", layer.kind, kind, shapes, f"{size:,}", f"{layer.size / total:.1%}"))
+        lines.append(("total", "", "", f"{total:,} parameters", f"{sum(b for _, b in blocks.values()):,}", "100.0%"))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+
+def cover(
+    objective: Objective, params: PyTree, who: str, *, uncovered: str = "error", plain: str | None = None
+) -> Coverage:
+    """The coverage of an objective's model.
+
+    Args:
+      objective: with a model; its module is only looked at.
+      params: its parameters.
+      who: named in errors.
+      uncovered: what to do about parameters of unknown layers: "error", or "diagonal" to treat them as plain vectors.
+      plain: a regular expression; layers and parameters whose path it matches from the start are treated as plain.
+
+    Raises:
+      ValueError: parameters that no known layer covers, with the reason for each, unless `uncovered` allows it; or
+        `plain` matches nothing.
+    """
+    module = objective.module(params)
+    pattern = None if plain is None else re.compile(plain)
+    layers: list[Layer] = []
+    reasons: dict[Path, str] = {}
+    wrapped = [path for path, m in nnx.iter_modules(module) if isinstance(m, WRAPPERS)]
+    for path, m in nnx.iter_modules(module):
+        if type(m) not in LAYERS or (pattern is not None and pattern.match("/".join(map(str, path)))):
+            known = next((cls for cls in type(m).__mro__ if cls in LAYERS), None)
+            if known is not None and pattern is None:
+                reasons[path] = f"{type(m).__name__} is a subclass of {known.__name__}: register_layer it if it is one"
+            continue
+        if any(path[: len(wrapper)] == wrapper for wrapper in wrapped):
+            reasons[path] = "it is inside a wrapper that computes its parameters"
+            continue
+        try:
+            layers.append(LAYERS[type(m)].from_module(path, m))
+        except Unsupported as why:
+            reasons[path] = str(why)
+    layers = [layer for layer in layers if _has(params, layer)]
+    covered = {(*layer.path, name) for layer in layers for name, _ in layer.shapes}
+    rest = [(path, leaf) for path, leaf in _leaves(params) if path not in covered]
+    chosen = [path for path, _ in rest if pattern is not None and pattern.match("/".join(map(str, path)))]
+    if pattern is not None and not chosen:
+        raise ValueError(f"{who}(plain={plain!r}) matches no parameter. Paths are like {_some(covered)}.")
+    missing = [path for path, _ in rest if path not in chosen]
+    if missing and uncovered == "error":
+        lines = "\n".join(f"  {'/'.join(map(str, p))}: {_reason(p, reasons)}" for p in missing)
+        raise ValueError(
+            f"{who}: {len(missing)} parameters belong to no layer that it knows:\n{lines}\nGive them an exact diagonal "
+            f"block with {who}(uncovered='diagonal'), or name them in {who}(plain=<regular expression of paths>), or say "
+            f"what their layer is with curvature.register_layer."
+        )
+    layers += [PlainParameter(p[:-1], "parameter", (), ((p[-1], tuple(leaf.shape)),)) for p, leaf in rest]
+    return Coverage(tuple(layers))
+
+
+def _has(params: PyTree, layer: Layer) -> bool:
+    """Whether all of a layer's parameters are among the trainable ones."""
+    node = params
+    for part in layer.path:
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return all(name in node for name, _ in layer.shapes)
+
+
+def _at(tree: PyTree, path: Path) -> PyTree:
+    for part in path:
+        tree = tree[part]
+    return tree
+
+
+def _leaves(params: PyTree) -> list[tuple[Path, Any]]:
+    return [(tuple(k.key for k in path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+
+
+def _reason(path: Path, reasons: Mapping[Path, str]) -> str:
+    return next((why for module, why in reasons.items() if path[:-1] == module), "no layer that is registered has it")
+
+
+def _some(paths: Iterable[Path]) -> str:
+    return ", ".join(sorted("/".join(map(str, path)) for path in paths)[:3])

@@ -1,0 +1,257 @@
+"""K-FAC: Kronecker factors from statistics of layers, factorised in stacks of equal size.
+
+Martens and Grosse (2015), arXiv 1503.05671; convolutions: Grosse and Martens (2016), arXiv 1602.01407; weight sharing:
+Eschenhagen et al. (2023), arXiv 2311.00636; EKFAC: George et al. (2018), arXiv 1806.03884. Symbols in `factors.py`.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from curvtrain import _checks
+from curvtrain.curvature import trees
+from curvtrain.curvature.base import CurvatureEstimator
+from curvtrain.curvature.capture import FISHERS, Coverage, EmbedLayer, NormLayer, collect, cover
+from curvtrain.curvature.capture.coverage import UNCOVERED
+from curvtrain.curvature.capture.layers import Layer, _Matrix
+from curvtrain.curvature.capture.statistics import WEIGHT_SHARING, KroneckerStatistic
+from curvtrain.curvature.kfac import factors as kf
+from curvtrain.curvature.kfac.factors import INVERSES, KroneckerFactors
+from curvtrain.objective import Objective, safe
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class KFAC(CurvatureEstimator[KroneckerFactors]):
+    """Kronecker factors of the Fisher (or GGN) of every layer of an NNX model.
+
+    `update` takes the statistics of a batch in one more backward pass (several for the exact Fisher); `refresh` factorises.
+    A model's layers are found by their classes (see `register_layer`); every parameter is in exactly one block, or `init`
+    raises an error that lists those which are not.
+
+    Attributes:
+      fisher: "exact" (= "ggn" for the losses of curvtrain.losses; one backward pass per output), "sampled" (one pass,
+        targets drawn from the model), or "empirical" (the batch's targets: not the Fisher).
+      weight_sharing: "expand" (every position counts as an example) or "reduce" (positions are averaged first), for layers
+        that are applied to several positions of one example.
+      inverse: "cholesky" (damping split over the factors), "eigh" (exact for any damping), "ekfac" (eigh with second
+        moments of the gradient in place of the products of eigenvalues).
+      ema: decay of the moving averages over updates, debiased; 0 keeps the last batch alone.
+      damping: what `refresh` factorises for if it gets no hint.
+      scale_every: updates between two of EKFAC's second moments.
+      uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.
+      plain: regular expression; layers and parameters whose path it matches get that diagonal too.
+
+    Raises:
+      TypeError, ValueError: when built with a bad argument; in `init` for an objective without outputs, and for parameters
+        that belong to no known layer.
+    """
+
+    fisher: str = "sampled"
+    weight_sharing: str = "expand"
+    inverse: str = "cholesky"
+    _: dataclasses.KW_ONLY
+    ema: float = 0.95
+    damping: float = 1e-3
+    scale_every: int = 1
+    uncovered: str = "error"
+    plain: str | None = None
+
+    def __post_init__(self):
+        _checks.one_of("KFAC(fisher)", self.fisher, FISHERS)
+        _checks.one_of("KFAC(weight_sharing)", self.weight_sharing, WEIGHT_SHARING)
+        _checks.one_of("KFAC(inverse)", self.inverse, INVERSES)
+        _checks.number_in("KFAC(ema)", self.ema, 0.0, 1.0, open_high=True)
+        _checks.number_in("KFAC(damping)", self.damping, 0.0)
+        _checks.positive_int("KFAC(scale_every)", self.scale_every)
+        _checks.one_of("KFAC(uncovered)", self.uncovered, UNCOVERED)
+
+    def coverage(self, objective: Objective | None, params: PyTree) -> Coverage:
+        """Which layer every parameter belongs to."""
+        if objective is None:
+            raise TypeError("KFAC finds the layers of a model, so init() needs the objective.")
+        objective.require_outputs("KFAC", "Lanczos(product='hessian')")
+        return cover(objective, params, "KFAC", uncovered=self.uncovered, plain=self.plain)
+
+    def init(self, objective, params) -> KroneckerFactors:
+        coverage = self.coverage(objective, params)
+        sizes = dict(kf.layout_of(coverage).sizes)
+        stacks = {size: jnp.zeros((count, d, d)) for size, (d, count) in sizes.items()}
+        cholesky, ekfac = self.inverse == "cholesky", self.inverse == "ekfac"
+        eyes = {size: jnp.zeros((count, d, d)) + jnp.eye(d) for size, (d, count) in sizes.items()}
+        embeddings, bases, norms = {}, {}, {}
+        for layer in coverage.layers:
+            if isinstance(layer, EmbedLayer):
+                K, V, D = layer.copies, layer.vocabulary, layer.features
+                row, square = jnp.zeros((K, V)), jnp.zeros((K, D, D))
+                embeddings[layer.name] = {"counts": row, "G": square, "A_head": square, "G_head": row}
+                zero = jnp.zeros((K, D))
+                bases[layer.name] = {"Q": square + jnp.eye(D), "G": zero, "A_head": zero}
+            elif isinstance(layer, NormLayer):
+                norms[layer.name] = jnp.zeros((layer.copies * layer.channels, layer.units, layer.units))
+        return KroneckerFactors(
+            factors=stacks,
+            embeddings=embeddings,
+            norms=norms,
+            plain={layer.name: jnp.zeros((1, 1, layer.size)) for layer in coverage.plain},
+            weight=jnp.float32(0),
+            inverses=jax.tree.map(jnp.zeros_like, stacks) if cholesky else {},
+            vectors={} if cholesky else eyes,
+            values={} if cholesky else {size: jnp.zeros((count, d)) for size, (d, count) in sizes.items()},
+            bases=bases,
+            scales={m.name: jnp.zeros((m.copies, m.d_i, m.d_o)) for m in kf.matrices_of(coverage)} if ekfac else {},
+            scale_weight=jnp.float32(0),
+            damping=jnp.float32(jnp.nan),
+            updates=jnp.int32(0),
+            refreshes=jnp.int32(0),
+            failures=jnp.int32(0),
+            coverage=coverage,
+            inverse=self.inverse,
+        )
+
+    def update(self, curvature: KroneckerFactors, objective, params, batch, key) -> KroneckerFactors:
+        if self.inverse != "ekfac":
+            return self._absorb(curvature, objective, params, batch, key, scales=False)
+        if self.scale_every == 1:
+            return self._absorb(curvature, objective, params, batch, key, scales=True)
+        absorb = lambda scales: lambda c: self._absorb(c, objective, params, batch, key, scales=scales)
+        return jax.lax.cond(curvature.updates % self.scale_every == 0, absorb(True), absorb(False), curvature)
+
+    def _absorb(self, c: KroneckerFactors, objective, params, batch, key, scales: bool) -> KroneckerFactors:
+        statistic = KroneckerStatistic(self.weight_sharing, scales=scales)
+        given = {}
+        if scales:
+            for layer in kf.matrices_of(c.coverage):
+                QA, QG = c.pair(c.vectors, layer.name)
+                of = lambda Q, layer=layer: Q.reshape(*layer.stack, layer.groups, *Q.shape[1:])
+                given[layer.name] = {"QA": of(QA), "QG": of(QG)}
+        found, W = collect(objective, params, batch, key, c.coverage, statistic, self.fisher, given=given, who="KFAC")
+        W = safe(W)
+        weight = self.ema * c.weight + 1.0
+        average = lambda old, new: old + (new - old) / weight  # debiased: the first batch counts in full
+
+        stacks: dict[str, list[jax.Array]] = {size: [] for size in c.factors}
+        layout = dict(kf.layout_of(c.coverage).at)
+        embeddings, norms, new_scales = {}, {}, dict(c.scales)
+        scale_weight = self.ema * c.scale_weight + 1.0
+        for layer in c.coverage.known:
+            x = found[layer.name]
+            if isinstance(layer, _Matrix):
+                a, _, g, _ = layout[layer.name]
+                stacks[a].append(_per_row(x["A"], x["rows"], layer).reshape(layer.copies, layer.d_i, layer.d_i))
+                stacks[g].append((x["G"] / W).reshape(layer.copies, layer.d_o, layer.d_o))
+                if scales:
+                    S, old = x["S"].reshape(layer.copies, layer.d_i, layer.d_o) / W, c.scales[layer.name]
+                    new_scales[layer.name] = old + (S - old) / scale_weight
+            elif isinstance(layer, EmbedLayer):
+                K, e = layer.copies, c.embeddings[layer.name]
+                x = {
+                    "counts": _per_row(x["counts"], x["rows"], layer),
+                    "G": x["G"] / W,
+                    "A_head": _per_row(x["A_head"], x["head_rows"], layer),
+                    "G_head": x["G_head"] / W,
+                }
+                embeddings[layer.name] = {n: average(e[n], x[n].reshape(K, *e[n].shape[1:])) for n in e}
+            else:
+                assert isinstance(layer, NormLayer)
+                norms[layer.name] = average(c.norms[layer.name], norm_blocks(x["F"], layer) / W)
+        return dataclasses.replace(
+            c,
+            factors={size: average(c.factors[size], jnp.concatenate(new)) for size, new in stacks.items()},
+            embeddings=embeddings,
+            norms=norms,
+            plain={name: average(old, found[name]["D2"].reshape(old.shape) / W) for name, old in c.plain.items()},
+            weight=weight,
+            scales=new_scales,
+            scale_weight=scale_weight if scales else c.scale_weight,
+            updates=c.updates + 1,
+        )
+
+    def refresh(self, curvature: KroneckerFactors, objective, params, batch, key, damping=None) -> KroneckerFactors:
+        c, failures = curvature, curvature.failures
+        damping = jnp.float32(self.damping if damping is None else damping)
+        new: dict[str, Any] = {}
+        if self.inverse == "cholesky":
+            inverses = {}
+            for size, inverse in c.damped_inverses(damping).items():
+                finite = jnp.all(jnp.isfinite(inverse), axis=(1, 2))
+                inverses[size] = jnp.where(finite[:, None, None], inverse, c.inverses[size])
+                failures += jnp.sum(~finite, dtype=jnp.int32)
+            new = {"inverses": inverses}
+        else:
+            vectors, values = {}, {}
+            for size, X in c.factors.items():
+                value, Q = eigh(X)
+                finite = jnp.all(jnp.isfinite(value), axis=1) & jnp.all(jnp.isfinite(Q), axis=(1, 2))
+                vectors[size] = jnp.where(finite[:, None, None], Q, c.vectors[size])
+                values[size] = jnp.where(finite[:, None], value, c.values[size])
+                failures += jnp.sum(~finite, dtype=jnp.int32)
+            new = {"vectors": vectors, "values": values}
+            if self.inverse == "ekfac":  # the second moments of another basis say nothing of this one
+                seeds = {}
+                for layer in kf.matrices_of(c.coverage):
+                    alpha, gamma = c.pair(values, layer.name)
+                    seeds[layer.name] = alpha[:, :, None] * gamma[:, None, :]
+                new |= {"scales": seeds, "scale_weight": jnp.float32(1)}
+        bases = {}
+        for name, e in c.embeddings.items():
+            mix = _unit_trace(e["G"]) + jnp.where(jnp.any(e["G_head"] > 0), _unit_trace(e["A_head"]), 0.0)
+            _, Q = eigh(mix)
+            diagonal = lambda X, Q=Q: jnp.maximum(jnp.einsum("kij,kij->kj", Q, X @ Q), 0.0)
+            with trees.exact():
+                bases[name] = {"Q": Q, "G": diagonal(e["G"]), "A_head": diagonal(e["A_head"])}
+            finite = jnp.all(jnp.isfinite(Q))
+            bases[name] = jax.tree.map(lambda n, o, ok=finite: jnp.where(ok, n, o), bases[name], c.bases[name])
+        return dataclasses.replace(c, **new, bases=bases, damping=damping, refreshes=c.refreshes + 1, failures=failures)
+
+    def partition_specs(self, curvature: KroneckerFactors, param_specs, mesh):
+        """Factors and what is made of them are replicated."""
+        return jax.tree.map(lambda _: PartitionSpec(), curvature)
+
+    def overview(self, objective, params) -> str:
+        curvature = jax.eval_shape(self.init, objective, params)
+        coverage, blocks = curvature.coverage, {}
+        made = {"cholesky": 2, "eigh": 2, "ekfac": 2}[self.inverse]  # a factor, and its inverse or eigenvectors
+        for layer in coverage.layers:
+            if isinstance(layer, _Matrix):
+                floats = made * layer.copies * (layer.d_i**2 + layer.d_o**2)
+                if self.inverse != "cholesky":
+                    floats += layer.copies * (layer.d_i + layer.d_o)
+                floats += layer.copies * layer.d_i * layer.d_o * (self.inverse == "ekfac")
+                kind = f"{self.inverse} {layer.d_i} x {layer.d_o}" + (f" x {layer.copies}" if layer.copies > 1 else "")
+            elif isinstance(layer, EmbedLayer):
+                arrays = (curvature.embeddings[layer.name], curvature.bases[layer.name])
+                floats, kind = sum(a.size for a in jax.tree.leaves(arrays)), "diagonal x dense"
+            elif isinstance(layer, NormLayer):
+                floats, kind = curvature.norms[layer.name].size, f"unit-wise {layer.units} x {layer.units}"
+            else:
+                floats, kind = layer.size, "diagonal"
+            blocks[layer.name] = (kind, 4 * floats)
+        return coverage.table(blocks)
+
+
+def norm_blocks(F: jax.Array, layer: NormLayer) -> jax.Array:
+    """(*stack, p, p, C) as (K * C, p, p)."""
+    F = F.reshape(layer.copies, layer.units, layer.units, layer.channels)
+    return jnp.moveaxis(F, 3, 1).reshape(-1, layer.units, layer.units)
+
+
+def eigh(X: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, clipped at zero, and eigenvectors of a stack of positive semi-definite matrices."""
+    with trees.exact():
+        values, Q = jnp.linalg.eigh(0.5 * (X + jnp.swapaxes(X, -1, -2)))
+    return jnp.maximum(values, 0.0), Q
+
+
+def _per_row(x: jax.Array, rows: jax.Array, layer: Layer) -> jax.Array:
+    """A sum over rows divided by their weight; both have the layer's stack as leading axes."""
+    return x / safe(rows).reshape(*layer.stack, *(1,) * (x.ndim - len(layer.stack)))
+
+
+def _unit_trace(X: jax.Array) -> jax.Array:
+    trace = jnp.trace(X, axis1=-2, axis2=-1)[:, None, None]
+    return X / jnp.where(trace > 0, trace, 1.0)

@@ -1,0 +1,313 @@
+"""Kronecker-factored curvature: C = A (x) G for every layer's matrix, exact small blocks for everything else.
+
+Symbols as in `capture/layers.py`, and:
+
+| symbol | shape | meaning |
+|---|---|---|
+| A, G | (K, d_i, d_i), (K, d_o, d_o) | factors; all factors of one size d live in one stack, (L, d, d) |
+| lambda | () | damping |
+| pi | (K,) | sqrt((tr A / d_i) / (tr G / d_o)): how the damping is split over the factors |
+| Q_A, alpha, Q_G, gamma | | eigenvectors and eigenvalues of A and G |
+| S | (K, d_i, d_o) | EKFAC: second moments of the gradient in the basis Q_A (x) Q_G |
+
+    cholesky   (A + pi sqrt(lambda) I)^-1 M (G + sqrt(lambda) / pi I)^-1           Martens, Grosse 2015, section 6.3
+    eigh       Q_A [(Q_A^T M Q_G) / (alpha gamma^T + lambda)] Q_G^T                 the exact (A (x) G + lambda I)^-1
+    ekfac      the same with S in place of alpha gamma^T                            George et al. 2018, eq. 10
+
+Blocks of other layers, each exact for any damping:
+
+* embedding: row v of the table has c_v G + h_v H, c the share of token v, H and h the factors of `attend` (zero without it).
+* norm layer: p x p for every channel. Plain parameter: its diagonal.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvtrain.curvature import trees
+from curvtrain.curvature.base import Curvature
+from curvtrain.curvature.capture import Coverage, EmbedLayer, NormLayer, PlainParameter
+from curvtrain.curvature.capture.layers import Layer, _Matrix
+from curvtrain.curvature.products import as_matrix
+
+PyTree = Any
+Arrays = dict[str, jax.Array]
+
+INVERSES = ("cholesky", "eigh", "ekfac")
+_CG_TOLERANCE = 1e-6
+_CG_STEPS = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each layer's factors are: static.
+
+    Attributes:
+      at: for each matrix's name, (stack of A, first index, stack of G, first index).
+      sizes: for each stack, (d, number of factors).
+    """
+
+    at: tuple[tuple[str, tuple[str, int, str, int]], ...]
+    sizes: tuple[tuple[str, tuple[int, int]], ...]
+
+
+@functools.cache
+def layout_of(coverage: Coverage) -> Layout:
+    counts: dict[int, int] = {}
+    at = []
+    for layer in matrices_of(coverage):
+        where: list[Any] = []
+        for d in (layer.d_i, layer.d_o):
+            where += [str(d), counts.get(d, 0)]
+            counts[d] = counts.get(d, 0) + layer.copies
+        at.append((layer.name, tuple(where)))
+    return Layout(tuple(at), tuple((str(d), (d, count)) for d, count in sorted(counts.items())))
+
+
+def matrices_of(coverage: Coverage) -> list[_Matrix]:
+    return [layer for layer in coverage.layers if isinstance(layer, _Matrix)]
+
+
+def _of(coverage: Coverage, kind: type) -> list[Any]:
+    return [layer for layer in coverage.layers if isinstance(layer, kind)]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KroneckerFactors(Curvature):
+    """Kronecker factors of every layer, with what has been factorised of them.
+
+    Attributes:
+      factors: for each size d, all factors of that size, (L, d, d); moving averages.
+      embeddings: for each embedding, counts (K, V), G (K, D, D), A_head (K, D, D), G_head (K, V).
+      norms: for each norm layer, (K * C, p, p).
+      plain: for each plain parameter, its diagonal, like the parameter's vector (size,).
+      weight: what the moving averages have seen, sum of powers of the decay.
+      inverses: "cholesky": for each size, (L, d, d) damped inverses.
+      vectors, values: "eigh" and "ekfac": eigenvectors (L, d, d) as columns and eigenvalues (L, d).
+      bases: for each embedding, eigenvectors (K, D, D) of its rows' matrix, and the diagonals (K, D) of G and of A_head.
+      scales: "ekfac": for each matrix, S (K, d_i, d_o).
+      scale_weight: as `weight`, for S in the present basis.
+      damping: that the inverses were made for; NaN before the first refresh.
+      updates, refreshes: so far.
+      failures: factors whose factorisation was not finite; the last good one was kept.
+    """
+
+    factors: Arrays
+    embeddings: dict[str, Arrays]
+    norms: Arrays
+    plain: Arrays
+    weight: jax.Array
+    inverses: Arrays
+    vectors: Arrays
+    values: Arrays
+    bases: dict[str, Arrays]
+    scales: Arrays
+    scale_weight: jax.Array
+    damping: jax.Array
+    updates: jax.Array
+    refreshes: jax.Array
+    failures: jax.Array
+    coverage: Coverage = dataclasses.field(metadata=dict(static=True))
+    inverse: str = dataclasses.field(metadata=dict(static=True))
+
+    # -- factors -------------------------------------------------------------------------------------------------------
+
+    def pair(self, stacks: Arrays, name: str) -> tuple[jax.Array, jax.Array]:
+        """(A's part, G's part) of a dictionary of stacks, for one matrix."""
+        layer = next(layer for layer in matrices_of(self.coverage) if layer.name == name)
+        a, i, g, j = dict(layout_of(self.coverage).at)[name]
+        return stacks[a][i : i + layer.copies], stacks[g][j : j + layer.copies]
+
+    def pi(self, name: str) -> jax.Array:
+        """pi (K,): 1 where a factor is zero."""
+        A, G = self.pair(self.factors, name)
+        a, g = (jnp.trace(X, axis1=-2, axis2=-1) / X.shape[-1] for X in (A, G))
+        ok = (a > 0) & (g > 0)
+        return jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0))
+
+    def damped_inverses(self, damping: jax.Array | float) -> Arrays:
+        """The inverses of all factors with the damping split by pi, stack by stack in one batched call."""
+        root = jnp.sqrt(jnp.float32(damping))
+        shifts = {size: [jnp.zeros(0)] for size in self.factors}
+        for name, (a, _, g, _) in layout_of(self.coverage).at:
+            pi = self.pi(name)
+            shifts[a].append(pi * root)
+            shifts[g].append(root / pi)
+        return {size: _inverse(X, jnp.concatenate(shifts[size])) for size, X in self.factors.items()}
+
+    # -- as a matrix ---------------------------------------------------------------------------------------------------
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """C v."""
+
+        def matrix(layer, M):
+            if self.inverse == "ekfac":
+                (QA, QG), S = self.pair(self.vectors, layer.name), self.scales[layer.name]
+                return _rotate(QA, S * _rotate(_t(QA), M, QG), _t(QG))
+            A, G = self.pair(self.factors, layer.name)
+            return A @ M @ G
+
+        def unit(block, x):
+            return jnp.einsum("upq,uq->up", block, x)
+
+        return self._map(vector, matrix, self._embedding_matvec, unit, lambda d, x: d * x)
+
+    def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
+        """(C + damping I)^-1 v; with "cholesky" the factored approximation of it, pi-damped.
+
+        Uses what the last refresh factorised; of "cholesky" with another damping than it was made for, factorises again.
+        """
+        damping = jnp.float32(damping)
+        if self.inverse == "cholesky":
+            inverses = jax.lax.cond(
+                damping == self.damping, lambda: self.inverses, lambda: self.damped_inverses(damping)
+            )
+
+        def matrix(layer, M):
+            if self.inverse == "cholesky":
+                A, G = self.pair(inverses, layer.name)
+                return _rotate(A, M, G)
+            return self._in_basis(layer, M, lambda C: 1.0 / (C + damping))
+
+        return self._map(
+            vector,
+            matrix,
+            functools.partial(self._embedding_solve, damping=damping),
+            lambda block, x: _solve_small(block, x, damping),
+            lambda d, x: x / (d + damping),
+        )
+
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+        """(C + damping I)^exponent v, with an eigenbasis ("eigh", "ekfac") for every block but tied embeddings' cross terms.
+
+        Raises TypeError with inverse="cholesky", unless the exponent is -1.
+        """
+        if exponent == -1.0:
+            return self.solve(vector, damping)
+        if self.inverse == "cholesky":
+            raise TypeError(
+                f"KroneckerFactors of KFAC(inverse='cholesky') have no power {exponent}: build KFAC(inverse='eigh') or 'ekfac'."
+            )
+        damping = jnp.float32(damping)
+        power = lambda C: (jnp.maximum(C, 0.0) + damping) ** exponent
+        matrix = lambda layer, M: self._in_basis(layer, M, power)
+
+        def unit(block, x):
+            values, Q = jnp.linalg.eigh(block)
+            return jnp.einsum("upq,uq->up", Q, power(values) * jnp.einsum("uqp,uq->up", Q, x))
+
+        return self._map(
+            vector, matrix, lambda layer, M: self._embedding_basis(layer, M, power), unit, lambda d, x: power(d) * x
+        )
+
+    def as_matrix(self) -> jax.Array:
+        return as_matrix(self.matvec, self.like())
+
+    def like(self) -> PyTree:
+        """A zero vector like the parameters."""
+        zeros = {
+            layer.name: {n: jnp.zeros((*layer.stack, *s)) for n, s in layer.shapes} for layer in self.coverage.layers
+        }
+        return self.coverage.vector({layer.name: layer.matrix(zeros[layer.name]) for layer in self.coverage.layers})
+
+    def telemetry(self) -> dict[str, jax.Array]:
+        """Damping of the cached factorisation, largest and mean trace of a factor, and failures."""
+        traces = [jnp.trace(X, axis1=-2, axis2=-1) for X in self.factors.values()]
+        traces = jnp.concatenate(traces) if traces else jnp.zeros(1)
+        return {
+            "factor_trace_max": jnp.max(traces),
+            "factor_trace_mean": jnp.mean(traces),
+            "refreshes": self.refreshes,
+            "failures": self.failures,
+        }
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _map(self, vector, matrix, embedding, unit, plain):
+        """Applies a function to the block of every layer."""
+        found = {}
+        with trees.exact():
+            for name, M in self.coverage.matrices(trees.float32(vector)).items():
+                layer = next(layer for layer in self.coverage.layers if layer.name == name)
+                if isinstance(layer, _Matrix):
+                    found[name] = matrix(layer, M)
+                elif isinstance(layer, EmbedLayer):
+                    found[name] = embedding(layer, M)
+                elif isinstance(layer, NormLayer):
+                    found[name] = from_units(unit(self.norms[name], to_units(M)), M.shape)
+                else:
+                    assert isinstance(layer, PlainParameter)
+                    found[name] = plain(self.plain[name], M)
+        return self.coverage.vector(found)
+
+    def _in_basis(self, layer: Layer, M: jax.Array, function) -> jax.Array:
+        """Q_A [function(C) * (Q_A^T M Q_G)] Q_G^T for the eigenvalues C (K, d_i, d_o) of the block."""
+        QA, QG = self.pair(self.vectors, layer.name)
+        if self.inverse == "ekfac":
+            C = self.scales[layer.name]
+        else:
+            alpha, gamma = self.pair(self.values, layer.name)
+            C = alpha[:, :, None] * gamma[:, None, :]
+        return _rotate(QA, function(C) * _rotate(_t(QA), M, QG), _t(QG))
+
+    def _embedding_matvec(self, layer: Layer, M: jax.Array) -> jax.Array:
+        e = self.embeddings[layer.name]
+        return e["counts"][..., None] * (M @ e["G"]) + e["G_head"][..., None] * (M @ e["A_head"])
+
+    def _embedding_basis(self, layer: Layer, M: jax.Array, function) -> jax.Array:
+        e, b = self.embeddings[layer.name], self.bases[layer.name]
+        C = e["counts"][..., None] * b["G"][:, None] + e["G_head"][..., None] * b["A_head"][:, None]
+        return (function(C) * (M @ b["Q"])) @ _t(b["Q"])
+
+    def _embedding_solve(self, layer: Layer, M: jax.Array, damping: jax.Array) -> jax.Array:
+        """Exact in the eigenbasis of G; for a table that `attend` uses too, conjugate gradients started from there."""
+        inverse = lambda M: self._embedding_basis(layer, M, lambda C: 1.0 / (C + damping))
+
+        def tied(M):
+            product = lambda M: self._embedding_matvec(layer, M) + damping * M
+            cg = jax.scipy.sparse.linalg.cg
+            return cg(product, M, x0=inverse(M), tol=_CG_TOLERANCE, maxiter=_CG_STEPS, M=inverse)[0]
+
+        return jax.lax.cond(jnp.any(self.embeddings[layer.name]["G_head"] > 0), tied, inverse, M)
+
+
+def to_units(M: jax.Array) -> jax.Array:
+    """(K, p, C) as (K * C, p): one row for every channel."""
+    return jnp.moveaxis(M, 1, 2).reshape(-1, M.shape[1])
+
+
+def from_units(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `to_units`."""
+    K, p, C = shape
+    return jnp.moveaxis(x.reshape(K, C, p), 2, 1)
+
+
+def _t(Q: jax.Array) -> jax.Array:
+    return jnp.swapaxes(Q, -1, -2)
+
+
+def _rotate(left: jax.Array, M: jax.Array, right: jax.Array) -> jax.Array:
+    return left @ M @ right
+
+
+def _inverse(X: jax.Array, shift: jax.Array) -> jax.Array:
+    """(X + shift I)^-1 of a stack of positive semi-definite matrices, by Cholesky."""
+    d = X.shape[-1]
+    damped = 0.5 * (X + _t(X)) + shift[:, None, None] * jnp.eye(d, dtype=X.dtype)
+    with trees.exact():
+        L = jnp.linalg.cholesky(damped)
+        half = jax.scipy.linalg.solve_triangular(L, jnp.broadcast_to(jnp.eye(d, dtype=X.dtype), X.shape), lower=True)
+        return _t(half) @ half
+
+
+def _solve_small(block: jax.Array, x: jax.Array, damping: jax.Array) -> jax.Array:
+    """(block + damping I)^-1 x for 1 x 1 and 2 x 2 blocks (u, p, p), in closed form."""
+    if block.shape[-1] == 1:
+        return x / (block[:, :, 0] + damping)
+    a, b, d = block[:, 0, 0] + damping, block[:, 0, 1], block[:, 1, 1] + damping
+    det = a * d - b * b
+    return jnp.stack([d * x[:, 0] - b * x[:, 1], a * x[:, 1] - b * x[:, 0]], axis=1) / det[:, None]
