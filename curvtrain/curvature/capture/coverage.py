@@ -114,8 +114,8 @@ def cover(
         lines = "\n".join(f"  {'/'.join(map(str, p))}: {_reason(p, reasons)}" for p in missing)
         raise ValueError(
             f"{who}: {len(missing)} parameters belong to no layer that it knows:\n{lines}\nGive them an exact diagonal "
-            f"block with {who}(uncovered='diagonal'), or name them in {who}(plain=<regular expression of paths>), or say "
-            f"what their layer is with curvature.register_layer."
+            f"block with {who}(uncovered='diagonal'), or name them in {who}(plain=<regular expression of paths>), or "
+            f"say what their layer is with curvature.register_layer."
         )
     layers += [PlainParameter(p[:-1], "parameter", (), ((p[-1], tuple(leaf.shape)),)) for p, leaf in rest]
     return Coverage(tuple(layers))

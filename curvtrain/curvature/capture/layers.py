@@ -5,14 +5,14 @@ Symbols, after Martens and Grosse (2015), arXiv 1503.05671, in Flax's layout:
 | symbol | shape | meaning |
 |---|---|---|
 | K | | copies of the layer's matrix: stacked by `nnx.scan` or `nnx.vmap`, times the groups of a convolution |
-| N, R | | examples of a batch, and positions of an example that share the matrix: pixels, tokens, 1 for plain `Linear` |
+| N, R | | examples of a batch, and positions of one that share the matrix: pixels, tokens, 1 for plain `Linear` |
 | d_i, d_o | | inputs, plus 1 if there is a bias (homogeneous coordinate, last), and outputs |
 | M | (K, d_i, d_o) | the layer's parameters as matrices; a bias is the last row |
 | a | (g, N, R, d_i) | what M multiplies, for each of g groups: the gradient of example n is sum_r a s^T |
 | s | (g, N, R, d_o) | gradient with respect to the layer's output |
 
-Embeddings have one-hot rows a, kept as indices; a norm layer has (scale, bias) as its M (K, p, C) and the normalised input
-as its a; any other parameter is `plain`: a vector of its own.
+Embeddings have one-hot rows a, kept as indices; a norm layer has (scale, bias) as its M (K, p, C) and the normalised
+input as its a; any other parameter is `plain`: a vector of its own.
 """
 
 import abc
@@ -99,7 +99,7 @@ def _stack_of(module: Any, name: str, array: Any, shape: tuple[int, ...]) -> tup
 
 
 @dataclasses.dataclass(frozen=True)
-class _Matrix(Layer):
+class MatrixLayer(Layer):
     """A layer y = a M whose parameters are a kernel and perhaps a bias.
 
     Attributes:
@@ -183,7 +183,7 @@ def _kernel_shapes(module: Any, names: Mapping[str, tuple[int, ...]]) -> tuple[t
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseLayer(_Matrix):
+class DenseLayer(MatrixLayer):
     """`nnx.Linear` and `nnx.LinearGeneral` (so the projections of `nnx.MultiHeadAttention`): any contracted axes.
 
     Attributes:
@@ -227,7 +227,7 @@ class DenseLayer(_Matrix):
 
 
 @dataclasses.dataclass(frozen=True)
-class EinsumLayer(_Matrix):
+class EinsumLayer(MatrixLayer):
     """`nnx.Einsum`: labels in input, kernel and output are groups; in input and kernel only, inputs; in kernel and
     output, outputs; in input and output, positions.
 
@@ -246,7 +246,8 @@ class EinsumLayer(_Matrix):
         bad = next((part for part in (x, w, y) if len(set(part)) != len(part)), None)
         if bad is not None or "." in w or set(y) - set(x) - set(w) or set(x) - set(w) - set(y):
             raise Unsupported(
-                f"its equation {module.einsum_str!r} repeats a label, sums one operand alone, or has '...' in its kernel"
+                f"its equation {module.einsum_str!r} repeats a label, sums one operand alone, or has '...' in its "
+                f"kernel"
             )
         shape = tuple(module.kernel_shape)
         groups = [i for i, label in enumerate(w) if label in x and label in y]
@@ -314,7 +315,7 @@ class EinsumLayer(_Matrix):
 
 
 @dataclasses.dataclass(frozen=True)
-class ConvLayer(_Matrix):
+class ConvLayer(MatrixLayer):
     """`nnx.Conv` of any rank, strides, padding, dilations and groups.
 
     Attributes:
@@ -512,7 +513,7 @@ def _normalised(module: Any, x: jax.Array, kwargs: Mapping[str, Any]) -> jax.Arr
 
 @dataclasses.dataclass(frozen=True)
 class PlainParameter(Layer):
-    """A parameter that belongs to no known layer: M is its vector, (1, 1, size), and its path is the parameter's own."""
+    """A parameter that belongs to no known layer: M is its vector, (1, 1, size), its path that of its module."""
 
     @classmethod
     def from_module(cls, path, module):

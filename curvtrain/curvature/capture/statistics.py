@@ -1,7 +1,8 @@
 """Statistics of layers over a batch: what a tap computes, and the backward passes that make taps compute it.
 
-Symbols as in `layers.py`, and: w_n weights of examples, W their sum, D_n (d_i, d_o) the gradient of example n with respect to
-a layer's matrix, sum_r a s^T. The cotangents of the outputs are seeded with sqrt(w_n), so products of two are weighted.
+Symbols as in `layers.py`, and: w_n weights of examples, W their sum, D_n (d_i, d_o) the gradient of example n with
+respect to a layer's matrix, sum_r a s^T. The cotangents of the outputs are seeded with sqrt(w_n), so products of two
+are weighted.
 
 | fisher | seeds of the outputs' cotangents | backward passes |
 |---|---|---|
@@ -9,8 +10,8 @@ a layer's matrix, sum_r a s^T. The cotangents of the outputs are seeded with sqr
 | sampled | d l / d z with targets drawn from the model | 1 |
 | empirical | d l / d z with the batch's targets: not the Fisher | 1 |
 
-In "sampled" and "empirical", the example of D_n is what the batch's leading axis counts: the positions of a sequence add up
-before anything is squared. For "sampled" their cross terms vanish in expectation.
+In "sampled" and "empirical", the example of D_n is what the batch's leading axis counts: the positions of a sequence
+add up before anything is squared. For "sampled" their cross terms vanish in expectation.
 """
 
 import abc
@@ -22,9 +23,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from curvtrain.curvature.capture.coverage import Coverage
-from curvtrain.curvature.capture.layers import EmbedLayer, Layer, NormLayer, PlainParameter, _Matrix
+from curvtrain.curvature.capture.layers import EmbedLayer, Layer, MatrixLayer, NormLayer, PlainParameter
 from curvtrain.curvature.capture.taps import Arrays, Call, Tap, attach, record_calls
 from curvtrain.losses import (
     RESERVED,
@@ -67,8 +69,8 @@ class Statistic(abc.ABC):
 class KroneckerStatistic(Statistic):
     """Kronecker factors, unnormalised: `A`, `G` of matrices and `rows`, the weight that A is to be divided by.
 
-    Of an embedding: `counts` (the diagonal of A) and `G`; of its `attend`: `A_head`, `G_head` (a diagonal), `head_rows`. Of
-    a norm layer, `F`: see `UnitStatistic`.
+    Of an embedding: `counts` (the diagonal of A) and `G`; of its `attend`: `A_head`, `G_head` (a diagonal),
+    `head_rows`. Of a norm layer, `F`: see `UnitStatistic`.
 
     Attributes:
       weight_sharing: "expand" or "reduce" (Eschenhagen et al. 2023, arXiv 2311.00636, sections 3.1 and 3.2).
@@ -80,8 +82,8 @@ class KroneckerStatistic(Statistic):
     diagonal: bool = False
     scales: bool = False
 
-    def shapes(self, layer):
-        if isinstance(layer, _Matrix):
+    def shapes(self, layer) -> dict[str, tuple[int, ...]]:
+        if isinstance(layer, MatrixLayer):
             g, i, o = layer.groups, layer.d_i, layer.d_o
             square = (lambda n: (g, n)) if self.diagonal else (lambda n: (g, n, n))
             found: dict[str, tuple[int, ...]] = {"A": square(i), "G": square(o), "rows": ()}
@@ -93,7 +95,7 @@ class KroneckerStatistic(Statistic):
         return UnitStatistic().shapes(layer)
 
     def given(self, layer):
-        return ("QA", "QG") if self.scales and isinstance(layer, _Matrix) else ()
+        return ("QA", "QG") if self.scales and isinstance(layer, MatrixLayer) else ()
 
     def __call__(self, call, saved, s, given):
         layer, n = call.layer, call.examples
@@ -118,7 +120,7 @@ class KroneckerStatistic(Statistic):
             return zeros | {"counts": counts, "G": second(s, None)[0], "rows": jnp.sum(counts)}
         if isinstance(layer, NormLayer):
             return UnitStatistic()(call, saved, s, given)
-        assert isinstance(layer, _Matrix)
+        assert isinstance(layer, MatrixLayer)
         rows, s = layer.rows(saved, n), layer.cotangents(s, n)
         a, t, w = self._share(layer.with_one(rows), s, given)
         found = {"A": second(a, w), "G": second(t, None), "rows": _total(a, w)}
@@ -161,7 +163,7 @@ class DiagonalStatistic(Statistic):
             return {"D2": jnp.zeros((layer.vocabulary, layer.features)).at[index].add(s * together)}
         if isinstance(layer, NormLayer):
             return {"D2": jnp.sum(jnp.square(_norm_gradients(layer, saved, s, n)), axis=0)}
-        assert isinstance(layer, _Matrix)
+        assert isinstance(layer, MatrixLayer)
         return {"D2": _sum_of_squares(layer.with_one(layer.rows(saved, n)), layer.cotangents(s, n))}
 
 
@@ -173,10 +175,10 @@ class UnitStatistic(Statistic):
     (g, d_o, d_i, d_i).
     """
 
-    def shapes(self, layer):
+    def shapes(self, layer) -> dict[str, tuple[int, ...]]:
         if isinstance(layer, NormLayer):
             return {"F": (layer.units, layer.units, layer.channels)}
-        if isinstance(layer, _Matrix):
+        if isinstance(layer, MatrixLayer):
             return {"F": (layer.groups, layer.d_o, layer.d_i, layer.d_i)}
         assert isinstance(layer, EmbedLayer)  # a column of the table: one unit for each feature
         return {"F": (1, layer.features, layer.vocabulary, layer.vocabulary)}
@@ -194,9 +196,9 @@ class UnitStatistic(Statistic):
 class FullStatistic(Statistic):
     """`F`: sum_n vec(D_n) vec(D_n)^T, (g, d_i d_o, d_i d_o), row-major vec: the whole block of a layer."""
 
-    def shapes(self, layer):
+    def shapes(self, layer) -> dict[str, tuple[int, ...]]:
         shape = _matrix_shape(layer)
-        g, size = (layer.groups, math.prod(shape[1:])) if isinstance(layer, _Matrix) else (1, math.prod(shape))
+        g, size = (layer.groups, math.prod(shape[1:])) if isinstance(layer, MatrixLayer) else (1, math.prod(shape))
         return {"F": (g, size, size)}
 
     def __call__(self, call, saved, s, given):
@@ -217,7 +219,7 @@ class FullStatistic(Statistic):
 
 def _matrix_shape(layer: Layer) -> tuple[int, ...]:
     """Of one copy of M: (g, d_i, d_o), (V, D), (p, C) or (1, size)."""
-    if isinstance(layer, _Matrix):
+    if isinstance(layer, MatrixLayer):
         return (layer.groups, layer.d_i, layer.d_o)
     if isinstance(layer, EmbedLayer):
         return (layer.vocabulary, layer.features)
@@ -236,7 +238,7 @@ def _rows_of(call: Call, saved: jax.Array, s: jax.Array) -> tuple[jax.Array, jax
             return s.reshape(1, n, -1, layer.vocabulary), h
         rows = jax.nn.one_hot(saved.reshape(1, n, -1), layer.vocabulary, dtype=jnp.float32)
         return rows, s.reshape(1, n, -1, layer.features)
-    assert isinstance(layer, _Matrix)
+    assert isinstance(layer, MatrixLayer)
     return layer.with_one(layer.rows(saved, n)), layer.cotangents(s, n)
 
 
@@ -380,7 +382,7 @@ _OF_INPUTS = frozenset(("A", "rows", "counts", "A_head", "head_rows"))
 
 
 def _plain_sums(objective, params, piece, key, coverage, fisher, who):
-    """Exact per-example sums of squares for plain parameters: a gradient for each example, of these parameters alone."""
+    """Exact per-example sums of squares for plain parameters: each example's gradient of these parameters alone."""
     layers = coverage.plain
     if _normalises_over_examples(objective, params):
         names = ", ".join(layer.name for layer in layers)
@@ -424,8 +426,6 @@ def _with(params, layers, chosen):
 
 
 def _normalises_over_examples(objective, params) -> bool:
-    from flax import nnx
-
     module = jax.eval_shape(objective.module, params)
     return any(isinstance(m, nnx.BatchNorm) and not m.use_running_average for _, m in nnx.iter_modules(module))
 
@@ -446,8 +446,8 @@ def _seeds(objective, z, piece, key, fisher, who):
         positions = 1 if w.ndim == 1 else w.shape[1]
         if columns.shape[0] * positions > _PASSES:
             raise ValueError(
-                f"{who}(fisher={fisher!r}) would take {columns.shape[0]} outputs x {positions} positions backward passes for "
-                f"every batch, more than {_PASSES}. Use fisher='sampled': one pass, the same in expectation."
+                f"{who}(fisher={fisher!r}) would take {columns.shape[0]} outputs x {positions} positions backward "
+                f"passes for every batch, more than {_PASSES}. Use fisher='sampled': one pass, the same in expectation."
             )
         return (columns, positions), weight
     if fisher == "sampled":
@@ -513,8 +513,8 @@ def _examples_of_calls(objective, params, batch, key, coverage, who):
             else:
                 raise ValueError(
                     f"{who}: {layer.kind} {layer.name!r} is applied to an input of shape {shape}, which does not grow "
-                    f"with the batch of {n}: what its output does in one example cannot be told from another. Give it an "
-                    f"input with the batch's leading axis (jnp.broadcast_to), or treat its parameters as plain ones "
+                    f"with the batch of {n}: what its output does in one example cannot be told from another. Give it "
+                    f"an input with the batch's leading axis (jnp.broadcast_to), or treat its parameters as plain ones "
                     f"({who}(plain={layer.name!r}))."
                 )
         if len(kinds) == 2:

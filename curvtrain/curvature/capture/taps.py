@@ -6,8 +6,8 @@ slots then returns the statistics of every layer in one backward pass, in the mo
 transform: slots follow the layer's parameters through `nnx.scan`, `nnx.remat` and `nnx.vmap`, and a layer that is used
 twice adds up its uses. The class of a module is swapped for a subclass of it, which survives split and merge.
 
-Two limits: a tap is not linear in the cotangent, and it rejects forward-mode differentiation, so only a copy of the model
-is ever tapped, and only where statistics are taken.
+Two limits: a tap is not linear in the cotangent, and it rejects forward-mode differentiation, so only a copy of the
+model is ever tapped, and only where statistics are taken.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ Arrays = Mapping[str, jax.Array]
 
 
 class Slot(nnx.Param):
-    """A zero whose cotangent is a statistic, or an array that a statistic needs. A `Param`, to be scanned as those are."""
+    """A zero whose cotangent is a statistic, or an array that a statistic needs. A `Param`: scanned as those are."""
 
 
 class Measure(Protocol):
@@ -121,6 +121,10 @@ def _tapped(cls: type) -> type:
     return type(cls)(f"Tapped{cls.__name__}", (cls,), methods)
 
 
+def _modules(module: nnx.Module) -> list[tuple[Path, Any]]:
+    return list(nnx.iter_modules(module))  # a list: what follows adds attributes
+
+
 def attach(module: nnx.Module, taps: Mapping[Path, Tap], arrays: Mapping[str, Arrays]) -> None:
     """Taps the modules at these paths, in place.
 
@@ -129,7 +133,7 @@ def attach(module: nnx.Module, taps: Mapping[Path, Tap], arrays: Mapping[str, Ar
       taps: by path.
       arrays: for each layer's name, its slots and given arrays by name, with the layer's stack as leading axes.
     """
-    for path, m in list(nnx.iter_modules(module)):
+    for path, m in _modules(module):
         if path in taps:
             tap = taps[path]
             m.curvature_tap = tap
@@ -185,8 +189,8 @@ _NAMES = ("inputs", "x", "query")
 def record_calls(module: nnx.Module, layers: Mapping[Path, Layer]) -> Record:
     """Makes the modules at these paths record the shapes of their inputs, in place."""
     record = Record()
-    for path, m in list(nnx.iter_modules(module)):
+    for path, m in _modules(module):
         if path in layers:
-            m.curvature_record = (layers[path], record)
+            m.curvature_record = layers[path], record
             m.__class__ = _recording(type(m))
     return record

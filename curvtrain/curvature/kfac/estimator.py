@@ -16,7 +16,7 @@ from curvtrain.curvature import trees
 from curvtrain.curvature.base import CurvatureEstimator
 from curvtrain.curvature.capture import FISHERS, Coverage, EmbedLayer, NormLayer, collect, cover
 from curvtrain.curvature.capture.coverage import UNCOVERED
-from curvtrain.curvature.capture.layers import Layer, _Matrix
+from curvtrain.curvature.capture.layers import Layer, MatrixLayer
 from curvtrain.curvature.capture.statistics import WEIGHT_SHARING, KroneckerStatistic
 from curvtrain.curvature.kfac import factors as kf
 from curvtrain.curvature.kfac.factors import INVERSES, KroneckerFactors
@@ -29,15 +29,15 @@ PyTree = Any
 class KFAC(CurvatureEstimator[KroneckerFactors]):
     """Kronecker factors of the Fisher (or GGN) of every layer of an NNX model.
 
-    `update` takes the statistics of a batch in one more backward pass (several for the exact Fisher); `refresh` factorises.
-    A model's layers are found by their classes (see `register_layer`); every parameter is in exactly one block, or `init`
-    raises an error that lists those which are not.
+    `update` takes the statistics of a batch in one more backward pass (several for the exact Fisher); `refresh`
+    factorises. A model's layers are found by their classes (see `register_layer`); every parameter is in exactly one
+    block, or `init` raises an error that lists those which are not.
 
     Attributes:
       fisher: "exact" (= "ggn" for the losses of curvtrain.losses; one backward pass per output), "sampled" (one pass,
         targets drawn from the model), or "empirical" (the batch's targets: not the Fisher).
-      weight_sharing: "expand" (every position counts as an example) or "reduce" (positions are averaged first), for layers
-        that are applied to several positions of one example.
+      weight_sharing: "expand" (every position counts as an example) or "reduce" (positions are averaged first), for
+        layers that are applied to several positions of one example.
       inverse: "cholesky" (damping split over the factors), "eigh" (exact for any damping), "ekfac" (eigh with second
         moments of the gradient in place of the products of eigenvalues).
       ema: decay of the moving averages over updates, debiased; 0 keeps the last batch alone.
@@ -47,8 +47,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
       plain: regular expression; layers and parameters whose path it matches get that diagonal too.
 
     Raises:
-      TypeError, ValueError: when built with a bad argument; in `init` for an objective without outputs, and for parameters
-        that belong to no known layer.
+      TypeError, ValueError: when built with a bad argument; in `init` for an objective without outputs, and for
+        parameters that belong to no known layer.
     """
 
     fisher: str = "sampled"
@@ -140,7 +140,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         scale_weight = self.ema * c.scale_weight + 1.0
         for layer in c.coverage.known:
             x = found[layer.name]
-            if isinstance(layer, _Matrix):
+            if isinstance(layer, MatrixLayer):
                 a, _, g, _ = layout[layer.name]
                 stacks[a].append(_per_row(x["A"], x["rows"], layer).reshape(layer.copies, layer.d_i, layer.d_i))
                 stacks[g].append((x["G"] / W).reshape(layer.copies, layer.d_o, layer.d_o))
@@ -217,7 +217,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         coverage, blocks = curvature.coverage, {}
         made = {"cholesky": 2, "eigh": 2, "ekfac": 2}[self.inverse]  # a factor, and its inverse or eigenvectors
         for layer in coverage.layers:
-            if isinstance(layer, _Matrix):
+            if isinstance(layer, MatrixLayer):
                 floats = made * layer.copies * (layer.d_i**2 + layer.d_o**2)
                 if self.inverse != "cholesky":
                     floats += layer.copies * (layer.d_i + layer.d_o)

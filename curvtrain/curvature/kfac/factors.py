@@ -16,7 +16,8 @@ Symbols as in `capture/layers.py`, and:
 
 Blocks of other layers, each exact for any damping:
 
-* embedding: row v of the table has c_v G + h_v H, c the share of token v, H and h the factors of `attend` (zero without it).
+* embedding: row v of the table has c_v G + h_v H, c the share of token v, H and h the factors of `attend` (zero without
+  it).
 * norm layer: p x p for every channel. Plain parameter: its diagonal.
 """
 
@@ -30,7 +31,7 @@ import jax.numpy as jnp
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.capture import Coverage, EmbedLayer, NormLayer, PlainParameter
-from curvtrain.curvature.capture.layers import Layer, _Matrix
+from curvtrain.curvature.capture.layers import Layer, MatrixLayer
 from curvtrain.curvature.products import as_matrix
 
 PyTree = Any
@@ -67,8 +68,8 @@ def layout_of(coverage: Coverage) -> Layout:
     return Layout(tuple(at), tuple((str(d), (d, count)) for d, count in sorted(counts.items())))
 
 
-def matrices_of(coverage: Coverage) -> list[_Matrix]:
-    return [layer for layer in coverage.layers if isinstance(layer, _Matrix)]
+def matrices_of(coverage: Coverage) -> list[MatrixLayer]:
+    return [layer for layer in coverage.layers if isinstance(layer, MatrixLayer)]
 
 
 def _of(coverage: Coverage, kind: type) -> list[Any]:
@@ -88,7 +89,7 @@ class KroneckerFactors(Curvature):
       weight: what the moving averages have seen, sum of powers of the decay.
       inverses: "cholesky": for each size, (L, d, d) damped inverses.
       vectors, values: "eigh" and "ekfac": eigenvectors (L, d, d) as columns and eigenvalues (L, d).
-      bases: for each embedding, eigenvectors (K, D, D) of its rows' matrix, and the diagonals (K, D) of G and of A_head.
+      bases: for each embedding, eigenvectors (K, D, D) of its rows' matrix, and the diagonals (K, D) of G and A_head.
       scales: "ekfac": for each matrix, S (K, d_i, d_o).
       scale_weight: as `weight`, for S in the present basis.
       damping: that the inverses were made for; NaN before the first refresh.
@@ -159,7 +160,7 @@ class KroneckerFactors(Curvature):
     def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
         """(C + damping I)^-1 v; with "cholesky" the factored approximation of it, pi-damped.
 
-        Uses what the last refresh factorised; of "cholesky" with another damping than it was made for, factorises again.
+        Uses what the last refresh factorised; "cholesky", with another damping than it was made for, factorises again.
         """
         damping = jnp.float32(damping)
         if self.inverse == "cholesky":
@@ -182,7 +183,7 @@ class KroneckerFactors(Curvature):
         )
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
-        """(C + damping I)^exponent v, with an eigenbasis ("eigh", "ekfac") for every block but tied embeddings' cross terms.
+        """(C + damping I)^exponent v, with an eigenbasis ("eigh", "ekfac"); of tied embeddings, without cross terms.
 
         Raises TypeError with inverse="cholesky", unless the exponent is -1.
         """
@@ -190,7 +191,8 @@ class KroneckerFactors(Curvature):
             return self.solve(vector, damping)
         if self.inverse == "cholesky":
             raise TypeError(
-                f"KroneckerFactors of KFAC(inverse='cholesky') have no power {exponent}: build KFAC(inverse='eigh') or 'ekfac'."
+                f"KroneckerFactors of KFAC(inverse='cholesky') have no power {exponent}: build KFAC(inverse='eigh') or "
+                f"'ekfac'."
             )
         damping = jnp.float32(damping)
         power = lambda C: (jnp.maximum(C, 0.0) + damping) ** exponent
@@ -233,7 +235,7 @@ class KroneckerFactors(Curvature):
         with trees.exact():
             for name, M in self.coverage.matrices(trees.float32(vector)).items():
                 layer = next(layer for layer in self.coverage.layers if layer.name == name)
-                if isinstance(layer, _Matrix):
+                if isinstance(layer, MatrixLayer):
                     found[name] = matrix(layer, M)
                 elif isinstance(layer, EmbedLayer):
                     found[name] = embedding(layer, M)
@@ -263,7 +265,7 @@ class KroneckerFactors(Curvature):
         C = e["counts"][..., None] * b["G"][:, None] + e["G_head"][..., None] * b["A_head"][:, None]
         return (function(C) * (M @ b["Q"])) @ _t(b["Q"])
 
-    def _embedding_solve(self, layer: Layer, M: jax.Array, damping: jax.Array) -> jax.Array:
+    def _embedding_solve(self, layer: Layer, M: jax.Array, damping: jax.Array | float) -> jax.Array:
         """Exact in the eigenbasis of G; for a table that `attend` uses too, conjugate gradients started from there."""
         inverse = lambda M: self._embedding_basis(layer, M, lambda C: 1.0 / (C + damping))
 
@@ -304,7 +306,7 @@ def _inverse(X: jax.Array, shift: jax.Array) -> jax.Array:
         return _t(half) @ half
 
 
-def _solve_small(block: jax.Array, x: jax.Array, damping: jax.Array) -> jax.Array:
+def _solve_small(block: jax.Array, x: jax.Array, damping: jax.Array | float) -> jax.Array:
     """(block + damping I)^-1 x for 1 x 1 and 2 x 2 blocks (u, p, p), in closed form."""
     if block.shape[-1] == 1:
         return x / (block[:, :, 0] + damping)
