@@ -5,6 +5,13 @@ from curvtrain.curvature.base import CurvatureEstimator as CurvatureEstimator
 from curvtrain.curvature.capture import Layer as Layer
 from curvtrain.curvature.capture import register_layer as register_layer
 from curvtrain.curvature.eigenpairs import Eigenpairs as Eigenpairs
+from curvtrain.curvature.fisher import Blocks as Blocks
+from curvtrain.curvature.fisher import Diagonal as Diagonal
+from curvtrain.curvature.fisher import DiagonalFactors as DiagonalFactors
+from curvtrain.curvature.fisher import DiagonalFisher as DiagonalFisher
+from curvtrain.curvature.fisher import FullBlock as FullBlock
+from curvtrain.curvature.fisher import KroneckerDiagonal as KroneckerDiagonal
+from curvtrain.curvature.fisher import UnitWise as UnitWise
 from curvtrain.curvature.kfac import KFAC as KFAC
 from curvtrain.curvature.kfac import KroneckerFactors as KroneckerFactors
 from curvtrain.curvature.lanczos import Lanczos as Lanczos

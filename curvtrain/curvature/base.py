@@ -8,6 +8,7 @@ import abc
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
+import optax
 
 from curvtrain.objective import Objective
 
@@ -28,6 +29,18 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def as_matrix(self) -> jax.Array:
         """C as a dense (n, n) matrix in `ravel_pytree(params)` order. Tests and small problems only."""
+
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+        """(C + damping I)^exponent v.
+
+        Raises TypeError where this curvature has no eigenbasis, unless the exponent is -1.
+        """
+        if exponent == -1.0:
+            return self.solve(vector, damping)
+        raise TypeError(
+            f"{type(self).__name__} has no power {exponent} of (C + damping I): only -1, which is `solve`. Curvatures "
+            f"with an eigenbasis have them all: Diagonal, Eigenpairs, KFAC(inverse='eigh')."
+        )
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Scalars worth logging, by name. Cheap: it is computed with every logged step."""
@@ -72,3 +85,13 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
     def overview(self, objective: Objective, params: PyTree) -> str:
         """A table of what is estimated of which parameter, printed when training starts; empty if there is none."""
         return ""
+
+
+def damping_hint(opt_state: PyTree) -> jax.Array | None:
+    """The damping that an optimizer will ask of `Curvature.solve`: the scalar named `damping` in its state.
+
+    None if there is none, or more than one.
+    """
+    named = [value for _, value in optax.tree.get_all_with_path(opt_state, "damping")]
+    scalars = [value for value in named if isinstance(value, jax.Array) and value.ndim == 0]
+    return scalars[0] if len(scalars) == 1 else None

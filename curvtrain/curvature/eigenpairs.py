@@ -62,6 +62,15 @@ class Eigenpairs(Curvature):
         inside = self.combine(jnp.where(self.converged, inverse, 0.0) * self.coefficients(vector))
         return trees.add(trees.scale(1.0 / damping, trees.float32(vector)), inside)
 
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+        """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors; negative eigenvalues count as zero."""
+        if isinstance(damping, int | float) and damping <= 0:
+            raise ValueError(f"Eigenpairs.power(damping) should be positive (C has low rank), not {damping}.")
+        outside = jnp.float32(damping) ** exponent
+        inside = (jnp.maximum(self.values, 0.0) + damping) ** exponent - outside
+        inside = self.combine(jnp.where(self.converged, inside, 0.0) * self.coefficients(vector))
+        return trees.add(trees.scale(outside, trees.float32(vector)), inside)
+
     def as_matrix(self) -> jax.Array:
         V = trees.matrix(self.vectors)
         with trees.exact():

@@ -18,7 +18,7 @@ Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Schraudolph (200
 products"; Kunstner et al. (2019), arXiv 1905.12558, on the empirical Fisher.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -75,6 +75,28 @@ def ggnvp(objective: Objective, params: PyTree, vector: PyTree, batch: Any, key:
         return vjp(HJv)[0], jnp.sum(loss.weights(z, piece))  # H J v → J^T H J v
 
     return _mean_product(product, objective, params, vector, batch, key)
+
+
+def ggn_gram(
+    objective: Objective, params: PyTree, vectors: Sequence[PyTree], batch: Any, key: jax.Array | None = None
+) -> jax.Array:
+    """V_i^T G V_j for k vectors like the parameters, float32 (k, k): k forward-mode products, and no backward pass.
+
+    Arguments as for `ggnvp`. Raises TypeError on a loss-only objective.
+    """
+    objective.require_outputs("ggn_gram", "hvp, or Objective.from_model(model, predict, loss)")
+    loss = objective.loss_of_outputs
+    params, vectors = trees.float32(params), [trees.float32(v) for v in vectors]
+
+    def sums(piece, key):
+        z, J = jax.linearize(lambda p: objective.predict(p, piece, key), params)
+        Jv = [J(v) for v in vectors]
+        HJv = [loss.hessian_product(z, piece, u) for u in Jv]  # weights included
+        inner = lambda a, b: jnp.sum((a * b).astype(jnp.float32))
+        return jnp.stack([jnp.stack([inner(u, h) for h in HJv]) for u in Jv]), jnp.sum(loss.weights(z, piece))
+
+    total, weight = objective.accumulate(sums, batch, key)
+    return total / safe(weight)
 
 
 def fvp(

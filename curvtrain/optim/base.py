@@ -1,12 +1,13 @@
 """What every curvature-consuming optimizer shares: extra arguments, and a wrapper that carries its own curvature."""
 
+import functools
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from curvtrain.curvature.base import Curvature, CurvatureEstimator
+from curvtrain.curvature.base import Curvature, CurvatureEstimator, damping_hint
 from curvtrain.curvature.schedule import CurvatureSchedule
 from curvtrain.objective import Objective
 
@@ -108,9 +109,10 @@ def self_contained(
             raise TypeError(f"self_contained(...).update() needs {missing}=, as it was given none when it was built.")
         step_key = jax.random.fold_in(state.key, state.count) if key is None else key
         curvature = state.curvature
+        refresh = functools.partial(estimator.refresh, damping=damping_hint(state.inner))
         for due, method in (
             (_due(schedule.update_every, schedule, state.count), estimator.update),
-            (_due(schedule.refresh_every, schedule, state.count), estimator.refresh),
+            (_due(schedule.refresh_every, schedule, state.count), refresh),
         ):
             run = lambda c, method=method: method(c, objective, params, batch, step_key)
             curvature = jax.lax.cond(due, run, lambda c: c, curvature)

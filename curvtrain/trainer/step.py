@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvtrain.curvature import CurvatureEstimator
+from curvtrain.curvature.base import CurvatureEstimator, damping_hint
 from curvtrain.objective import Objective
 from curvtrain.trainer.metrics import Metrics, measure, reduce_pieces
 from curvtrain.trainer.state import TrainState
@@ -64,7 +64,7 @@ def train_step(
             wide = here if curvature_batch is None else here.with_microbatch(refresh_microbatch)
             data = batch if curvature_batch is None else curvature_batch
             curvature = estimator.refresh(
-                curvature, wide, state.params, data, refresh_key, damping=damping_of(state.opt_state)
+                curvature, wide, state.params, data, refresh_key, damping=damping_hint(state.opt_state)
             )
 
         # optax's line searches pass the other extra arguments on to value_fn, and reject those that it does not name
@@ -89,13 +89,6 @@ def train_step(
         return state, reduce_pieces(seen)
 
     return step
-
-
-def damping_of(opt_state: PyTree) -> jax.Array | None:
-    """The scalar named `damping` in an optimizer's state; None if there is none, or more than one."""
-    named = [value for _, value in optax.tree.get_all_with_path(opt_state, "damping")]
-    scalars = [value for value in named if isinstance(value, jax.Array) and value.ndim == 0]
-    return scalars[0] if len(scalars) == 1 else None
 
 
 def moving_average(average: PyTree, params: PyTree, decay: float) -> PyTree:

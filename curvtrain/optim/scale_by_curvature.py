@@ -1,0 +1,65 @@
+"""Any curvature as a link of an optax chain: g -> (C + damping I)^exponent g."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from curvtrain import _checks
+from curvtrain.curvature.base import Curvature
+from curvtrain.optim.base import require_curvature
+
+PyTree = Any
+
+
+class ScaleByCurvatureState(NamedTuple):
+    """State of `scale_by_curvature`.
+
+    Attributes:
+      count: int32 (), updates so far.
+      damping: float32 (), what the next update will use: a Trainer's refresh factorises for it.
+    """
+
+    count: jax.Array
+    damping: jax.Array
+
+
+def scale_by_curvature(
+    damping: optax.ScalarOrSchedule = 1e-3, exponent: float = -1.0
+) -> optax.GradientTransformationExtraArgs:
+    """Multiplies updates by (C + damping I)^exponent, for the `curvature` among the extra arguments.
+
+    Like optax's `scale_by_*`, it changes neither sign nor rate: chain it with `optax.scale_by_learning_rate`.
+
+    Args:
+      damping: a non-negative number or an optax schedule.
+      exponent: -1 for a Newton or natural-gradient step, which every curvature has; -0.5 for one like Adam's, and
+        others, for those with an eigenbasis (`Diagonal`, `Eigenpairs`, `KFAC(inverse="eigh")`).
+    """
+    check_damping("scale_by_curvature(damping)", damping)
+    if isinstance(exponent, bool) or not isinstance(exponent, int | float):
+        raise TypeError(f"scale_by_curvature(exponent) should be a number, not {exponent!r}.")
+
+    def init(params):
+        return ScaleByCurvatureState(jnp.int32(0), value_at(damping, jnp.int32(0)))
+
+    def update(updates, state, params=None, *, curvature=None, **extra):
+        kind = "curvature.KFAC(), or another estimator"
+        C = require_curvature("scale_by_curvature", curvature, Curvature, kind)
+        scaled = C.power(updates, state.damping, float(exponent))
+        scaled = jax.tree.map(lambda s, g: s.astype(g.dtype), scaled, updates)
+        return scaled, ScaleByCurvatureState(state.count + 1, value_at(damping, state.count + 1))
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_damping(argument: str, damping: Any) -> None:
+    """Raises TypeError or ValueError unless `damping` is a schedule, an array (inject_hyperparams) or a number >= 0."""
+    if not (callable(damping) or isinstance(damping, jax.Array)):
+        _checks.number_in(argument, damping, 0.0)
+
+
+def value_at(schedule: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """A number or schedule at a step, float32."""
+    return jnp.float32(schedule(count) if callable(schedule) else schedule)
