@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -79,39 +79,49 @@ def cover(
       params: its parameters.
       who: named in errors.
       uncovered: what to do about parameters of unknown layers: "error", or "diagonal" to treat them as plain vectors.
-      plain: a regular expression; layers and parameters whose path it matches from the start are treated as plain.
+      plain: a regular expression; layers whose path, or a parameter's path, it matches from the start are treated as
+        plain.
 
     Raises:
       ValueError: parameters that no known layer covers, with the reason for each, unless `uncovered` allows it; or
         `plain` matches nothing.
     """
     module = objective.module(params)
-    pattern = None if plain is None else re.compile(plain)
+    named = (lambda path: False) if plain is None else (lambda path: re.match(plain, _join(path)) is not None)
     layers: list[Layer] = []
     reasons: dict[Path, str] = {}
     wrapped = [path for path, m in nnx.iter_modules(module) if isinstance(m, WRAPPERS)]
+    users = _users(module)
     for path, m in nnx.iter_modules(module):
-        if type(m) not in LAYERS or (pattern is not None and pattern.match("/".join(map(str, path)))):
-            known = next((cls for cls in type(m).__mro__ if cls in LAYERS), None)
-            if known is not None and pattern is None:
-                reasons[path] = f"{type(m).__name__} is a subclass of {known.__name__}: register_layer it if it is one"
+        known = next((cls for cls in type(m).__mro__ if cls in LAYERS), None)
+        if known is None:
             continue
-        if any(path[: len(wrapper)] == wrapper for wrapper in wrapped):
+        others = sorted({_join(user) for v in _variables(m).values() for user in users[id(v)] if user != path})
+        if type(m) is not known:
+            reasons[path] = f"{type(m).__name__} is a subclass of {known.__name__}: register_layer it if it is one"
+        elif any(path[: len(wrapper)] == wrapper for wrapper in wrapped):
             reasons[path] = "it is inside a wrapper that computes its parameters"
-            continue
-        try:
-            layers.append(LAYERS[type(m)].from_module(path, m))
-        except Unsupported as why:
-            reasons[path] = str(why)
-    layers = [layer for layer in layers if _has(params, layer)]
-    covered = {(*layer.path, name) for layer in layers for name, _ in layer.shapes}
+        elif others:
+            reasons[path] = f"{', '.join(others)} has parameters of this {known.__name__} too"
+        else:
+            try:
+                layers.append(LAYERS[known].from_module(path, m))
+            except Unsupported as why:
+                reasons[path] = str(why)
+    chosen = {path for path, _ in _leaves(params) if named(path) or named(path[:-1])}
+    if plain is not None and not chosen:
+        paths = ", ".join(sorted(_join(path) for path, _ in _leaves(params))[:3])
+        raise ValueError(f"{who}(plain={plain!r}) matches no parameter. Paths are like {paths}.")
+    own = lambda layer: {(*layer.path, name) for name, _ in layer.shapes}
+    for layer in layers:  # all of a layer is plain if a part of it is
+        if own(layer) & chosen:
+            chosen |= own(layer)
+    layers = [layer for layer in layers if not own(layer) & chosen and _has(params, layer)]
+    covered = {path for layer in layers for path in own(layer)}
     rest = [(path, leaf) for path, leaf in _leaves(params) if path not in covered]
-    chosen = [path for path, _ in rest if pattern is not None and pattern.match("/".join(map(str, path)))]
-    if pattern is not None and not chosen:
-        raise ValueError(f"{who}(plain={plain!r}) matches no parameter. Paths are like {_some(covered)}.")
     missing = [path for path, _ in rest if path not in chosen]
     if missing and uncovered == "error":
-        lines = "\n".join(f"  {'/'.join(map(str, p))}: {_reason(p, reasons)}" for p in missing)
+        lines = "\n".join(f"  {_join(p)}: {_reason(p, reasons)}" for p in missing)
         raise ValueError(
             f"{who}: {len(missing)} parameters belong to no layer that it knows:\n{lines}\nGive them an exact diagonal "
             f"block with {who}(uncovered='diagonal'), or name them in {who}(plain=<regular expression of paths>), or "
@@ -145,5 +155,19 @@ def _reason(path: Path, reasons: Mapping[Path, str]) -> str:
     return next((why for module, why in reasons.items() if path[:-1] == module), "no layer that is registered has it")
 
 
-def _some(paths: Iterable[Path]) -> str:
-    return ", ".join(sorted("/".join(map(str, path)) for path in paths)[:3])
+def _join(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """A module's own variables, by attribute."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, nnx.Variable)}
+
+
+def _users(module: nnx.Module) -> dict[int, list[Path]]:
+    """The modules that have a variable, by the variable's id."""
+    users: dict[int, list[Path]] = {}
+    for path, m in nnx.iter_modules(module):
+        for variable in _variables(m).values():
+            users.setdefault(id(variable), []).append(path)
+    return users

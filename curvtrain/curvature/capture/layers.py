@@ -67,8 +67,8 @@ class Layer(abc.ABC):
     def name(self) -> str:
         return "/".join(map(str, self.path))
 
-    def saved(self, module: Any, x: Any, kwargs: Mapping[str, Any]) -> PyTree:
-        """What of a call is kept for its statistics: the input, unless a layer needs more."""
+    def saved(self, module: Any, x: Any, options: Mapping[str, Any]) -> PyTree:
+        """What of a call with input x, and other arguments by name, is kept for its statistics."""
         return x
 
     def leading(self, shape: tuple[int, ...]) -> int:
@@ -217,7 +217,7 @@ class DenseLayer(MatrixLayer):
 
     def rows(self, x, examples):
         x = x.astype(jnp.float32)
-        axis = tuple(a % x.ndim for a in self.axis)
+        axis = sorted(a % x.ndim for a in self.axis)  # nnx.LinearGeneral contracts them in this order, however given
         rest = tuple(i for i in range(x.ndim) if i not in axis and i not in self.batch)
         x = x.transpose((*self.batch, *rest, *axis))
         return x.reshape(self.groups, examples, -1, self.inputs)
@@ -249,6 +249,8 @@ class EinsumLayer(MatrixLayer):
                 f"its equation {module.einsum_str!r} repeats a label, sums one operand alone, or has '...' in its "
                 f"kernel"
             )
+        if "." in y and [label for label in x if label not in w] != [label for label in y if label not in w]:
+            raise Unsupported(f"its equation {module.einsum_str!r} reorders positions together with '...'")
         shape = tuple(module.kernel_shape)
         groups = [i for i, label in enumerate(w) if label in x and label in y]
         inputs = [i for i, label in enumerate(w) if label in x and label not in y]
@@ -305,11 +307,8 @@ class EinsumLayer(MatrixLayer):
         order = [label for label in x if label not in w]
         mine = [label for label in labels if label not in w]
         if order != mine:
-            expanded = labels.replace(".", "")
-            if "." in labels:
-                raise ValueError(f"nnx.Einsum {self.name}: its equation reorders positions together with '...'.")
             new = [label for label in labels if label in w] + order
-            s = s.transpose([expanded.index(label) for label in new])
+            s = s.transpose([labels.index(label) for label in new])
             labels = "".join(new)
         return self._arranged(s, labels, examples, [label for label in w if label not in x])
 
@@ -413,6 +412,11 @@ class EmbedLayer(Layer):
         stack = _stack_of(module, "embedding", module.embedding.get_value(), shape)
         return cls(path, type(module).__name__, stack, (("embedding", shape),))
 
+    def saved(self, module, x, options):
+        if self.vocabulary == 1:  # nnx.Embed then ignores the index
+            return jnp.zeros_like(x)
+        return jnp.where(x < 0, x + self.vocabulary, x)
+
     def leading(self, shape):
         return shape[0] if shape else 1
 
@@ -468,13 +472,13 @@ class NormLayer(Layer):
         """p: parameters of a channel, 2 or 1."""
         return len(self.shapes)
 
-    def saved(self, module, x, kwargs):
-        if kwargs.get("mask") is not None:
+    def saved(self, module, x, options):
+        if options.get("mask") is not None:
             raise NotImplementedError(
                 f"The statistics of {self.name} ({self.kind}) under mask= are not known: call it without, or treat its "
                 f"parameters as plain ones (plain={self.name!r})."
             )
-        return _normalised(module, x, kwargs) if "scale" in dict(self.shapes) else x
+        return _normalised(module, x, options) if "scale" in dict(self.shapes) else x
 
     def matrix(self, parameters):
         return jnp.stack([parameters[name].reshape(self.copies, self.channels) for name, _ in self.shapes], axis=1)
@@ -484,12 +488,12 @@ class NormLayer(Layer):
         return {name: matrix[:, i].reshape(shape) for i, (name, _) in enumerate(self.shapes)}
 
 
-def _normalised(module: Any, x: jax.Array, kwargs: Mapping[str, Any]) -> jax.Array:
+def _normalised(module: Any, x: jax.Array, options: Mapping[str, Any]) -> jax.Array:
     """x̂: the input as the layer normalises it, before scale and bias; float32. Recomputed, as (y - bias) / scale is
     undefined where the scale is zero."""
     x = x.astype(jnp.float32)
     if isinstance(module, nnx.BatchNorm):
-        running = kwargs.get("use_running_average")
+        running = options.get("use_running_average")
         running = module.use_running_average if running is None else running
         if running:
             mean, var = module.mean.get_value(), module.var.get_value()

@@ -258,9 +258,10 @@ def _row_weights(given: Arrays, examples: int, positions: int) -> jax.Array | No
     w = given["weights"]
     if w.shape[0] != examples:
         raise NotImplementedError("A mask or weights in a batch whose examples the model maps over one by one.")
-    if w.ndim == 2 and w.shape[1] != positions:
-        w = jnp.max(w, axis=1)
-    return jnp.broadcast_to(w if w.ndim == 2 else w[:, None], (examples, positions))
+    w = w.reshape(examples, -1)
+    if w.shape[1] != positions:
+        w = jnp.max(w, axis=1, keepdims=True)
+    return jnp.broadcast_to(w, (examples, positions))
 
 
 def _total(a: jax.Array, w: jax.Array | None) -> jax.Array:
@@ -431,7 +432,7 @@ def _normalises_over_examples(objective, params) -> bool:
 
 
 def _seeds(objective, z, piece, key, fisher, who):
-    """(cotangents of the outputs, or a pair of Hessian columns and positions; W)."""
+    """(cotangents of the outputs, or a pair of Hessian columns and the shape of the examples; W)."""
     loss = objective.loss_of_outputs
     w = loss.weights(z, piece)
     root, weight = jnp.sqrt(w), jnp.sum(w)
@@ -443,13 +444,13 @@ def _seeds(objective, z, piece, key, fisher, who):
                 f"{type(loss).__name__}. Use fisher='ggn', or 'sampled' with a loss that defines sample_targets."
             )
         columns = weight_like(root, z) * loss.hessian_columns(clean)
-        positions = 1 if w.ndim == 1 else w.shape[1]
+        positions = math.prod(w.shape[1:])
         if columns.shape[0] * positions > _PASSES:
             raise ValueError(
                 f"{who}(fisher={fisher!r}) would take {columns.shape[0]} outputs x {positions} positions backward "
                 f"passes for every batch, more than {_PASSES}. Use fisher='sampled': one pass, the same in expectation."
             )
-        return (columns, positions), weight
+        return (columns, w.shape), weight
     if fisher == "sampled":
         if key is None:
             raise ValueError(f"{who}(fisher='sampled') draws targets from the model and needs a key.")
@@ -459,24 +460,21 @@ def _seeds(objective, z, piece, key, fisher, who):
 
 
 def _number(seeds) -> int:
-    return seeds[0].shape[0] * seeds[1] if isinstance(seeds, tuple) else 1
+    return seeds[0].shape[0] * math.prod(seeds[1][1:]) if isinstance(seeds, tuple) else 1
 
 
 def _backward(pull, seeds):
     """The sum of pull(seed) over the seeds."""
     if not isinstance(seeds, tuple):
         return pull(seeds)
-    columns, positions = seeds
-    if positions == 1:
-        one, index = (lambda c: pull(columns[c])), jnp.arange(columns.shape[0])
-    else:  # positions of a sequence are examples of their own, so each has its own column
-        time = jnp.arange(positions)
+    columns, (_, *time) = seeds
+    positions = math.prod(time)
 
-        def one(c):
-            mask = (time == c % positions).reshape((1, positions) + (1,) * (columns.ndim - 3))
-            return pull(jnp.where(mask, columns[c // positions], 0))
+    def one(c):  # positions of a sequence are examples of their own, so each has its own columns
+        mask = (jnp.arange(positions) == c % positions).reshape((*time, *(1,) * (columns.ndim - 2 - len(time))))
+        return pull(jnp.where(mask, columns[c // positions], 0))
 
-        index = jnp.arange(columns.shape[0] * positions)
+    index = jnp.arange(_number(seeds))
     total = index.shape[0]
     if total <= _AT_ONCE:
         return jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.vmap(one)(index))
@@ -504,11 +502,11 @@ def _examples_of_calls(objective, params, batch, key, coverage, who):
     mapped = set()
     for layer in coverage.known:
         kinds = set()
-        for (shape, vmapped), (doubled, _) in zip(once.get(layer.name, []), twice.get(layer.name, []), strict=True):
-            length = layer.leading(shape)
-            if layer.leading(doubled) == 2 * length and length % n == 0:
+        for one, two in zip(once.get(layer.name, []), twice.get(layer.name, []), strict=True):
+            shape, length = one.shape, layer.leading(one.shape)
+            if layer.leading(two.shape) == 2 * length and length % n == 0:
                 kinds.add("batched")
-            elif vmapped:
+            elif any(b == 2 * a and a % n == 0 for a, b in zip(one.mapped, two.mapped, strict=True)):
                 kinds.add("mapped")
             else:
                 raise ValueError(

@@ -12,7 +12,8 @@ model is ever tapped, and only where statistics are taken.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -90,35 +91,40 @@ def _observe_bwd(measure, call, residuals, s):
 _observe.defvjp(_observe_fwd, _observe_bwd)
 
 
-def _apply(module, use: str, y, x, kwargs):
+def _apply(module, use: str, y, x, options):
     tap: Tap = module.curvature_tap
-    saved = jax.lax.stop_gradient(tap.layer.saved(module, x, kwargs) if use == "call" else x)
+    saved = jax.lax.stop_gradient(tap.layer.saved(module, x, options) if use == "call" else x)
     read = lambda name: getattr(module, f"slot_{name}").get_value()
     given = {name: read(name) for name in tap.given}
     slots = {name: read(name) for name in tap.names}
     return _observe(tap.measure, Call(tap.layer, use, tap.examples), y, saved, given, slots)
 
 
-def _first(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    if args:
-        return args[0]
-    return next(kwargs[name] for name in ("inputs", "x", "query") if name in kwargs)
+_USES = {"__call__": "call", "attend": "attend"}  # methods that use a layer's parameters
+
+
+def _subclass(cls: type, prefix: str, wrap: Callable[[Callable[..., Any], str], Callable[..., Any]]) -> type:
+    """A subclass of a module's class with the methods that use its parameters wrapped."""
+    methods = {name: wrap(getattr(cls, name), use) for name, use in _USES.items() if hasattr(cls, name)}
+    return type(cls)(f"{prefix}{cls.__name__}", (cls,), methods)
+
+
+def _bound(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the input, the other arguments by name) of a call, however they were passed."""
+    _, (_, x), *options = inspect.signature(method).bind(*args, **kwargs).arguments.items()
+    return x, dict(options)
 
 
 @functools.cache
 def _tapped(cls: type) -> type:
-    def call(self, *args, **kwargs):
-        y = cls.__call__(self, *args, **kwargs)
-        return _apply(self, "call", y, _first(args, kwargs), kwargs)
+    def wrap(method, use):
+        @functools.wraps(method)
+        def tapped(*args, **kwargs):
+            return _apply(args[0], use, method(*args, **kwargs), *_bound(method, args, kwargs))
 
-    def attend(self, *args, **kwargs):
-        y = cls.attend(self, *args, **kwargs)
-        return _apply(self, "attend", y, _first(args, kwargs), kwargs)
+        return tapped
 
-    methods: dict[str, Any] = {"__call__": call}
-    if hasattr(cls, "attend"):
-        methods["attend"] = attend
-    return type(cls)(f"Tapped{cls.__name__}", (cls,), methods)
+    return _subclass(cls, "Tapped", wrap)
 
 
 def _modules(module: nnx.Module) -> list[tuple[Path, Any]]:
@@ -142,48 +148,56 @@ def attach(module: nnx.Module, taps: Mapping[Path, Tap], arrays: Mapping[str, Ar
             m.__class__ = _tapped(type(m))
 
 
+@dataclasses.dataclass
+class Seen:
+    """One call of a layer, as it was traced.
+
+    Attributes:
+      shape: of the input.
+      mapped: lengths of the axes over which `jax.vmap` mapped the input.
+    """
+
+    shape: tuple[int, ...]
+    mapped: list[int]
+
+
 class Record:
-    """What a recorder saw, filled while a model is traced. Compared by identity."""
+    """What a recorder saw, filled while a model is traced: calls by layer name. Compared by identity."""
 
     def __init__(self):
-        self.calls: dict[str, list[tuple[tuple[int, ...], bool]]] = {}  # name → (input shape, vmapped)
+        self.calls: dict[str, list[Seen]] = {}
 
 
 @functools.cache
 def _recording(cls: type) -> type:
-    def note(self, args, kwargs):
-        layer, record = self.curvature_record
-        x = jnp.asarray(_first(args, kwargs))
-        seen = record.calls.setdefault(layer.name, [])
-        seen.append((x.shape, False))
-        at = len(seen) - 1
+    def wrap(method, use):
+        @functools.wraps(method)
+        def recording(*args, **kwargs):
+            layer, record = args[0].curvature_record
+            x = jnp.asarray(_bound(method, args, kwargs)[0])
+            seen = Seen(x.shape, [])
+            record.calls.setdefault(layer.name, []).append(seen)
+            return _probe(method(*args, **kwargs), x, seen)
 
-        @jax.custom_batching.custom_vmap
-        def probe(x):
-            return x
+        return recording
 
-        @probe.def_vmap
-        def _(size, batched, x):
-            seen[at] = (seen[at][0], True)
-            return probe(x), batched[0]
-
-        return probe(x)
-
-    def call(self, *args, **kwargs):
-        x = note(self, args, kwargs)
-        return cls.__call__(self, x, *args[1:], **{k: v for k, v in kwargs.items() if args or k not in _NAMES})
-
-    def attend(self, *args, **kwargs):
-        note(self, args, kwargs)
-        return cls.attend(self, *args, **kwargs)
-
-    methods: dict[str, Any] = {"__call__": call}
-    if hasattr(cls, "attend"):
-        methods["attend"] = attend
-    return type(cls)(f"Recording{cls.__name__}", (cls,), methods)
+    return _subclass(cls, "Recording", wrap)
 
 
-_NAMES = ("inputs", "x", "query")
+def _probe(y: jax.Array, x: jax.Array, seen: Seen) -> jax.Array:
+    """y, and a note of every vmap over x."""
+
+    @jax.custom_batching.custom_vmap
+    def probe(y, x):
+        return y
+
+    @probe.def_vmap
+    def _(size, batched, y, x):
+        if batched[1]:
+            seen.mapped.append(size)
+        return probe(y, x), batched[0]
+
+    return probe(y, x)
 
 
 def record_calls(module: nnx.Module, layers: Mapping[Path, Layer]) -> Record:

@@ -5,6 +5,8 @@ Eschenhagen et al. (2023), arXiv 2311.00636; EKFAC: George et al. (2018), arXiv 
 """
 
 import dataclasses
+import functools
+import operator
 from typing import Any
 
 import jax
@@ -109,6 +111,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             updates=jnp.int32(0),
             refreshes=jnp.int32(0),
             failures=jnp.int32(0),
+            skipped=jnp.int32(0),
             coverage=coverage,
             inverse=self.inverse,
         )
@@ -130,6 +133,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 of = lambda Q, layer=layer: Q.reshape(*layer.stack, layer.groups, *Q.shape[1:])
                 given[layer.name] = {"QA": of(QA), "QG": of(QG)}
         found, W = collect(objective, params, batch, key, c.coverage, statistic, self.fisher, given=given, who="KFAC")
+        # a batch whose statistics are not finite, or that is all masked, says nothing
+        usable = functools.reduce(operator.and_, [jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(found)], W > 0)
         W = safe(W)
         weight = self.ema * c.weight + 1.0
         average = lambda old, new: old + (new - old) / weight  # debiased: the first batch counts in full
@@ -159,7 +164,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             else:
                 assert isinstance(layer, NormLayer)
                 norms[layer.name] = average(c.norms[layer.name], norm_blocks(x["F"], layer) / W)
-        return dataclasses.replace(
+        new = dataclasses.replace(
             c,
             factors={size: average(c.factors[size], jnp.concatenate(new)) for size, new in stacks.items()},
             embeddings=embeddings,
@@ -168,8 +173,9 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             weight=weight,
             scales=new_scales,
             scale_weight=scale_weight if scales else c.scale_weight,
-            updates=c.updates + 1,
         )
+        new = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, c)
+        return dataclasses.replace(new, updates=c.updates + 1, skipped=c.skipped + ~usable)
 
     def refresh(self, curvature: KroneckerFactors, objective, params, batch, key, damping=None) -> KroneckerFactors:
         c, failures = curvature, curvature.failures

@@ -95,6 +95,7 @@ class KroneckerFactors(Curvature):
       damping: that the inverses were made for; NaN before the first refresh.
       updates, refreshes: so far.
       failures: factors whose factorisation was not finite; the last good one was kept.
+      skipped: updates with statistics that were not finite, or of no example; nothing was absorbed.
     """
 
     factors: Arrays
@@ -112,6 +113,7 @@ class KroneckerFactors(Curvature):
     updates: jax.Array
     refreshes: jax.Array
     failures: jax.Array
+    skipped: jax.Array
     coverage: Coverage = dataclasses.field(metadata=dict(static=True))
     inverse: str = dataclasses.field(metadata=dict(static=True))
 
@@ -225,6 +227,7 @@ class KroneckerFactors(Curvature):
             "factor_trace_mean": jnp.mean(traces),
             "refreshes": self.refreshes,
             "failures": self.failures,
+            "skipped": self.skipped,
         }
 
     # -- inside --------------------------------------------------------------------------------------------------------
