@@ -63,7 +63,7 @@ class Eigenpairs(Curvature):
         return trees.add(trees.scale(1.0 / damping, trees.float32(vector)), inside)
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
-        """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors; negative eigenvalues count as zero."""
+        """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors; negative values count as zero."""
         if isinstance(damping, int | float) and damping <= 0:
             raise ValueError(f"Eigenpairs.power(damping) should be positive (C has low rank), not {damping}.")
         outside = jnp.float32(damping) ** exponent

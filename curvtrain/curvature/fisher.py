@@ -1,6 +1,7 @@
 """Simpler Fisher blocks than K-FAC's: diagonal, diagonal Kronecker factors, one block per unit, one block per layer.
 
-All use exact per-example sums, never the square of a mean gradient. Symbols in `capture/layers.py`.
+All use exact per-example sums, never the square of a mean gradient. A layer that is used several times in one example
+counts every use as an example of its own. Symbols in `capture/layers.py`.
 """
 
 import dataclasses
@@ -43,10 +44,12 @@ class Diagonal(Curvature):
     Attributes:
       values: float32, like the parameters.
       weight: float32 (): what the moving average has seen, a sum of powers of the decay; 0 before the first update.
+      failures: int32 (): batches whose statistics were not finite; they were left out.
     """
 
     values: PyTree
     weight: jax.Array = dataclasses.field(default_factory=lambda: jnp.float32(0))
+    failures: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
 
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
@@ -64,12 +67,13 @@ class Diagonal(Curvature):
         return jnp.diag(ravel_pytree(self.values)[0])
 
     def telemetry(self) -> dict[str, jax.Array]:
-        """Largest and mean entry."""
+        """Largest and mean entry, and failures."""
         leaves = jax.tree.leaves(self.values)
         largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
         return {
             "diagonal_max": largest,
             "diagonal_mean": jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in leaves])) / trees.size(self.values),
+            "failures": self.failures,
         }
 
 
@@ -82,11 +86,13 @@ class DiagonalFactors(Curvature):
       factors: for each matrix A (K, d_i) and G (K, d_o); for an embedding also the factors of its `attend`; for any
         other layer its diagonal D2 (K, ...).
       weight: what the moving averages have seen.
+      failures: batches whose statistics were not finite; they were left out.
       coverage: which layer every parameter belongs to.
     """
 
     factors: dict[str, Arrays]
     weight: jax.Array
+    failures: jax.Array
     coverage: Coverage = dataclasses.field(metadata=dict(static=True))
 
     def diagonal(self) -> PyTree:
@@ -118,6 +124,10 @@ class DiagonalFactors(Curvature):
     def as_matrix(self) -> jax.Array:
         return Diagonal(self.diagonal()).as_matrix()
 
+    def telemetry(self) -> dict[str, jax.Array]:
+        """Largest and mean entry of the diagonal, and failures."""
+        return Diagonal(self.diagonal(), self.weight, self.failures).telemetry()
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +138,9 @@ class Blocks(Curvature):
       blocks: for each layer, F (K, d, d); moving averages.
       vectors, values: their eigenvectors (K, d, d) as columns, and eigenvalues (K, d), of the last refresh.
       weight: what the moving averages have seen.
-      refreshes, failures: refreshes so far, and blocks whose eigenvectors were not finite: the last ones were kept.
+      refreshes: so far.
+      failures: batches whose statistics were not finite, which were left out, and blocks whose eigenvectors were not:
+        the last ones were kept.
       coverage: which layer every parameter belongs to.
       unit: whether a block is that of a unit (an output, a channel), or of a whole matrix.
     """
@@ -194,7 +206,7 @@ def like(coverage: Coverage) -> PyTree:
 
 # -- estimators --------------------------------------------------------------------------------------------------------
 
-C = TypeVar("C", bound=Curvature)
+C = TypeVar("C", bound=Diagonal | DiagonalFactors | Blocks)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,9 +253,19 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
         found, W = collect(objective, params, batch, key, coverage, statistic, self.fisher, who=self.name)
         return found, safe(W)
 
-    def average(self, weight: jax.Array, old: jax.Array, new: jax.Array) -> jax.Array:
-        """The debiased moving average after one more value: the first counts in full. `weight` includes it."""
-        return old + (new.reshape(old.shape) - old) / weight
+    def absorb(self, curvature: C, name: str, new: PyTree) -> C:
+        """The curvature with one more batch in its debiased moving average, the field `name`: the first counts in full.
+
+        A batch that is not finite is left out, and counted.
+        """
+        old: Any = getattr(curvature, name)
+        new = jax.tree.map(lambda old, new: new.reshape(old.shape), old, new)
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
+        seen = self.ema * curvature.weight + 1.0
+        average = jax.tree.map(lambda old, new: jnp.where(finite, old + (new - old) / seen, old), old, new)
+        weight = jnp.where(finite, seen, curvature.weight)
+        failures = curvature.failures + (~finite).astype(jnp.int32)
+        return dataclasses.replace(curvature, **{name: average}, weight=weight, failures=failures)
 
     def refresh(self, curvature: C, objective, params, batch, key, damping=None) -> C:
         return curvature
@@ -265,18 +287,16 @@ class DiagonalFisher(LayerEstimator[Diagonal]):
 
     def init(self, objective, params) -> Diagonal:
         self.coverage(objective, params)
-        return Diagonal(trees.zeros(params), jnp.float32(0))
+        return Diagonal(trees.zeros(params))
 
     def update(self, curvature: Diagonal, objective, params, batch, key) -> Diagonal:
         coverage = self.coverage(objective, params)
         found, W = self.collect(DiagonalStatistic(), coverage, objective, params, batch, key)
         D = coverage.vector({layer.name: _stacked(found[layer.name]["D2"], layer) / W for layer in coverage.layers})
-        weight = self.ema * curvature.weight + 1.0
-        values = jax.tree.map(lambda old, new: self.average(weight, old, new), curvature.values, D)
-        return Diagonal(values, weight)
+        return self.absorb(curvature, "values", D)
 
     def partition_specs(self, curvature, param_specs, mesh):
-        return dataclasses.replace(curvature, values=param_specs, weight=PartitionSpec())
+        return dataclasses.replace(super().partition_specs(curvature, param_specs, mesh), values=param_specs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,24 +312,24 @@ class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
         for layer in coverage.layers:
             shapes = self._shapes(layer)
             factors[layer.name] = {name: jnp.zeros(shape) for name, shape in shapes.items()}
-        return DiagonalFactors(factors, jnp.float32(0), coverage)
+        return DiagonalFactors(factors, jnp.float32(0), jnp.int32(0), coverage)
 
     def update(self, curvature: DiagonalFactors, objective, params, batch, key) -> DiagonalFactors:
         coverage = curvature.coverage
         found, W = self.collect(KroneckerStatistic(diagonal=True), coverage, objective, params, batch, key)
-        weight = self.ema * curvature.weight + 1.0
         factors: dict[str, Arrays] = {}
         for layer in coverage.layers:
-            x, old = found[layer.name], curvature.factors[layer.name]
+            x = found[layer.name]
             if isinstance(layer, NormLayer):
                 x = {"D2": jnp.moveaxis(jnp.diagonal(_stacked(x["F"], layer), axis1=1, axis2=2), -1, 1) / W}
             elif isinstance(layer, PlainParameter):
                 x = {"D2": x["D2"] / W}
             else:
                 rows = {"A": "rows", "counts": "rows", "A_head": "head_rows"}
-                x = {name: x[name] / (_rows(x[rows[name]], x[name]) if name in rows else W) for name in old}
-            factors[layer.name] = {name: self.average(weight, old[name], x[name]) for name in old}
-        return DiagonalFactors(factors, weight, coverage)
+                names = curvature.factors[layer.name]
+                x = {name: x[name] / (_rows(x[rows[name]], x[name]) if name in rows else W) for name in names}
+            factors[layer.name] = x
+        return self.absorb(curvature, "factors", factors)
 
     @staticmethod
     def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -374,11 +394,6 @@ class _BlockEstimator(LayerEstimator[Blocks]):
             curvature, vectors=vectors, values=values, refreshes=curvature.refreshes + 1, failures=failures
         )
 
-    def _absorbed(self, curvature: Blocks, new: Arrays) -> Blocks:
-        weight = self.ema * curvature.weight + 1.0
-        blocks = {name: self.average(weight, old, new[name]) for name, old in curvature.blocks.items()}
-        return dataclasses.replace(curvature, blocks=blocks, weight=weight)
-
     def _size(self, layer: Layer) -> tuple[int, int]:
         """(number of blocks, rows of a block)."""
         raise NotImplementedError
@@ -402,7 +417,7 @@ class UnitWise(_BlockEstimator):
                 new[layer.name] = jnp.moveaxis(found[layer.name]["F"], -1, -3) / W
             else:
                 new[layer.name] = found[layer.name]["F"] / W
-        return self._absorbed(curvature, new)
+        return self.absorb(curvature, "blocks", new)
 
     def _size(self, layer):
         if isinstance(layer, MatrixLayer):
@@ -428,12 +443,12 @@ class FullBlock(_BlockEstimator):
     def update(self, curvature: Blocks, objective, params, batch, key) -> Blocks:
         coverage = curvature.coverage
         if self.fisher == "hessian":
-            return self._absorbed(curvature, _hessian_blocks(coverage, objective, params, batch, key))
+            return self.absorb(curvature, "blocks", _hessian_blocks(coverage, objective, params, batch, key))
         found, W = self.collect(FullStatistic(), coverage, objective, params, batch, key)
         new = {}
         for layer in coverage.layers:
             new[layer.name] = found[layer.name]["D2" if isinstance(layer, PlainParameter) else "F"] / W
-        return self._absorbed(curvature, new)
+        return self.absorb(curvature, "blocks", new)
 
     def _size(self, layer):
         if isinstance(layer, PlainParameter):

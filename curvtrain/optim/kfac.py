@@ -91,8 +91,8 @@ def kfac(
 
     Returns:
       A transformation whose `update` needs the parameters and `curvature=`; where anything is adaptive or may be
-      rejected, also `objective=` and `batch=` (and `key=`, and `value=` to save a forward pass). It ends in parameters: no
-      learning rate is to be chained after it.
+      rejected, also `objective=` and `batch=` (and `key=`, and `value=` to save a forward pass). It ends in parameters:
+      no learning rate is to be chained after it.
     """
     for name, value in (("learning_rate", learning_rate), ("momentum", momentum), ("damping", damping)):
         if isinstance(value, str):
