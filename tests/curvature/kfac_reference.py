@@ -1,8 +1,8 @@
 """Layer statistics the slow way: float64, written from the formulas, without any code of `curvtrain.curvature`.
 
 A network is written out by hand, for one example, as `net(tape, p, x) -> outputs`. Wherever it multiplies rows a by a
-layer's matrix M it asks the tape, which can add an offset to every product: the Jacobian of the outputs with respect to the
-offsets, and the rows, are all there is to know of an example.
+layer's matrix M it asks the tape, which can add an offset to every product: the Jacobian of the outputs with respect to
+the offsets, and the rows, are all there is to know of an example.
 
 | symbol | shape | meaning |
 |---|---|---|
@@ -44,7 +44,7 @@ class Tape:
         return self(name, x[None], M[None])[0]
 
     def norm(self, name, x, p):
-        """scale * x + bias for every channel of x (R, C), already normalised; p is (scale, bias) or one of them: (p, C)."""
+        """scale * x + bias for every channel of x (R, C), already normalised."""
         scale, bias = p.get("scale"), p.get("bias")
         rows = [v for v, there in ((x, scale), (jnp.ones_like(x), bias)) if there is not None]
         a = jnp.stack(rows, -1).transpose(1, 0, 2)  # (C, R, p)
@@ -148,12 +148,12 @@ class Use:
 
 
 def uses(rows, J, cots, weights):
-    """{name: [Use]}; weights (N, T) belong to rows if there are T of them, else an example counts if a position does."""
+    """{name: [Use]}. Weights (N, T) belong to rows if there are T, else an example counts if any position does."""
     found = {}
     for name, all_rows in rows.items():
         found[name] = []
         for a, j in zip(all_rows, J[name], strict=True):
-            n, g, r, _ = a.shape
+            n, _, r, _ = a.shape
             w = weights if weights.shape[1] == r else weights.max(1, keepdims=True)
             s = np.einsum("pnz,nzgro->pngro", cots.reshape(*cots.shape[:2], -1), j, optimize=True)
             found[name].append(Use(a, s, np.broadcast_to(w, (n, r))))

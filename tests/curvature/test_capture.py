@@ -155,7 +155,7 @@ def sizes(x, window, strides, padding, dilation):
 
 
 def conv(rank, c_in, c_out, window, *, strides=1, padding="SAME", dilation=1, groups=1, spread=1, bias=True, side=5):
-    """A convolution, and the same with its patches written out: one index for every output position and kernel entry."""
+    """A convolution, and the same with its patches written out: an index for every output position and kernel entry."""
     many = lambda v: v if isinstance(v, tuple) else (v,) * rank
     strides, dilation = many(strides), many(dilation)
     shape = tuple(side - i for i in range(rank))
@@ -213,8 +213,8 @@ CASES |= {
 }
 
 
-def by_einsum(equation, groups="", bias=None):
-    """A layer y = einsum(equation, x, W) of one example: labels of x that W lacks are positions, W's own are outputs."""
+def by_einsum(equation, groups=""):
+    """einsum(equation, x, W) of one example: labels of x that W lacks are positions, those of W alone are outputs."""
     x_labels, rest = equation.split(",")
     w_labels, y_labels = rest.split("->")
     ins = [label for label in w_labels if label in x_labels and label not in y_labels]
@@ -373,14 +373,13 @@ def one_layer(name):
     return objective, params, {"x": case.x, "t": random(N, C, seed=1)}, net
 
 
-def reference(net, params, batch, kind="squared", fisher="empirical", targets=None, drop=()):
+def reference(net, params, batch, kind="squared", fisher="empirical", targets=None):
     """({name: [Use]}, W, z (N, T, C)) of a batch; weights and mask from it."""
-    z, rows, J = ref.jacobians(net, params, {n: v for n, v in batch.items() if n == "x"}["x"])
+    z, rows, J = ref.jacobians(net, params, batch["x"])
     w = np.ones(z.shape[:2])
     for name in ("mask", "weights"):
         if name in batch:
-            entry = np.asarray(batch[name], np.float64)
-            w = w * entry.reshape(*entry.shape, *(1,) * (2 - entry.ndim))
+            w = w * np.asarray(batch[name], np.float64).reshape(len(z), -1)
     t = batch["t"] if targets is None else targets
     t = np.asarray(t).reshape(z.shape[:2] if kind == "softmax" else z.shape)
     return ref.uses(rows, J, ref.cotangents(kind, z, t, w, fisher), w), w.sum(), z
@@ -413,7 +412,7 @@ def worst(coverage, found, all_uses, given):
     return errors
 
 
-def check(objective, params, batch, net, kind="squared", fisher="empirical", statistic=None, key=None, tolerance=TOLERANCE):
+def check(objective, params, batch, net, kind="squared", fisher="empirical", statistic=None, key=None, compare=worst):
     coverage = cover(objective, params, "test")
     found, W = statistics(objective, params, batch, fisher, statistic, key)
     targets = None
@@ -422,9 +421,9 @@ def check(objective, params, batch, net, kind="squared", fisher="empirical", sta
         sampled = objective.loss_of_outputs.sample_targets(z, batch, jax.random.fold_in(key, 1))
         targets = np.asarray(sampled["t"])
     all_uses, weight, _ = reference(net, params, batch, kind, fisher, targets)
-    assert all_uses.keys() == {layer.name for layer in coverage.known}
-    errors = worst(coverage, found, all_uses, orthogonal(coverage))
-    assert max(errors.values()) < tolerance, errors
+    errors = compare(coverage, found, all_uses, orthogonal(coverage))
+    assert {name for name, _ in errors} == {layer.name for layer in coverage.known}
+    assert max(errors.values()) < TOLERANCE, errors
     np.testing.assert_allclose(W, weight, rtol=1e-6)
     return errors
 
@@ -451,3 +450,691 @@ def test_matrices_are_those_that_multiply_the_rows(name):
             if isinstance(layer, NormLayer):
                 M = M[0].T[..., None]
             np.testing.assert_allclose(a @ M, y, atol=1e-12)
+
+
+def test_a_wrong_order_of_patches_would_be_noticed(monkeypatch):
+    objective, params, batch, net = one_layer("conv SAME")
+    coverage = cover(objective, params, "test")
+    right = known_layers.ConvLayer.rows
+
+    def channel_major(self, x, examples):
+        a = right(self, x, examples)
+        k = int(np.prod(self.window))
+        return a.reshape(*a.shape[:-1], k, -1).swapaxes(-1, -2).reshape(a.shape)
+
+    monkeypatch.setattr(known_layers.ConvLayer, "rows", channel_major)
+    found, _ = collect(
+        objective, params, batch, None, coverage, KroneckerStatistic(diagonal=False), "empirical", who="test"
+    )
+    all_uses, _, _ = reference(net, params, batch)
+    errors = worst(coverage, found, all_uses, {})
+    assert errors["layer", "A"] > 0.1
+    assert errors["layer", "G"] < TOLERANCE
+
+
+# -- whole models ------------------------------------------------------------------------------------------------------
+
+
+class MLP(nnx.Module):
+    """Layers over positions (mixed by a running mean), and one over a mean of them."""
+
+    def __init__(self, rngs, **options):
+        self.a = nnx.Linear(D, 4, rngs=rngs, **options)
+        self.b = nnx.Linear(4, C, rngs=rngs, use_bias=False, **options)
+        self.pooled = nnx.Linear(D, C, rngs=rngs, **options)
+
+    def __call__(self, x):
+        z = self.b(mixed(nnx.tanh(self.a(x))))
+        return z + self.pooled(x.mean(1))[:, None] if x.ndim == 3 else z + self.pooled(x)
+
+
+def mixed(h):
+    if h.ndim < 3:
+        return h
+    return jnp.cumsum(h, axis=1) / (1 + jnp.arange(h.shape[1], dtype=h.dtype))[:, None]
+
+
+def mlp(tape, p, x):
+    x = jnp.atleast_2d(x)
+    h = mixed(jnp.tanh(tape.dense("a", x, ref.matrix(p["a"])))[None])[0]
+    return tape.dense("b", h, p["b"]["kernel"]) + tape.dense(
+        "pooled", x.mean(0, keepdims=True), ref.matrix(p["pooled"])
+    )
+
+
+def targets(kind, shape, seed=2):
+    rng = np.random.default_rng(seed)
+    if kind == "softmax":
+        return rng.integers(0, C, shape).astype(np.int32)
+    return (rng.random((*shape, C)) if kind == "sigmoid" else rng.normal(size=(*shape, C))).astype(np.float32)
+
+
+@functools.cache
+def whole_model(kind, sequence=False, microbatch=None, model=MLP, **options):
+    loss = LOSSES[kind]("t") if kind == "softmax" else LOSSES[kind]("t", sequence=sequence)
+    predict = lambda model, batch: model(batch["x"])
+    objective, params = Objective.from_model(model(nnx.Rngs(0), **options), predict, loss, microbatch=microbatch)
+    return objective, randomised(params)
+
+
+def batch_of(kind, sequence=False, weighted=False, n=N):
+    shape = (n, 3) if sequence else (n,)
+    batch = {"x": random(*shape, D), "t": targets(kind, shape)}
+    if weighted:
+        batch["mask"] = np.arange(np.prod(shape)).reshape(shape) % 4 != 1
+        batch["weights"] = np.linspace(0.5, 2, n).astype(np.float32)
+    return batch
+
+
+@pytest.mark.parametrize("sequence", [False, True], ids=["examples", "positions"])
+@pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_fishers(kind, fisher, sequence):
+    """Every kind of Fisher of every loss, masked and weighted; of sequences whose positions see each other."""
+    objective, params = whole_model(kind, sequence)
+    batch = batch_of(kind, sequence, weighted=True)
+    check(objective, params, batch, mlp, kind, fisher, Everything(reduce=fisher != "exact"), jax.random.key(3))
+
+
+def test_exact_reduce_and_ggn():
+    """The exact Fisher's A, averaged over its passes, in "reduce"; and "ggn" is the same number for number."""
+    objective, params = whole_model("softmax", True)
+    batch = batch_of("softmax", True, weighted=True)
+    found, _ = statistics(objective, params, batch, "ggn", KroneckerStatistic("reduce"))
+    again, _ = statistics(objective, params, batch, "exact", KroneckerStatistic("reduce"))
+    jax.tree.map(np.testing.assert_array_equal, found, again)
+    all_uses, _, _ = reference(mlp, params, batch, "softmax", "exact")
+    for name, uses in all_uses.items():
+        want = ref.statistics(uses)
+        assert max(error(found[name][n], want[f"reduce_{n}"]) for n in ("A", "G", "rows")) < TOLERANCE
+
+
+class Pixels(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.Conv(2, C, (2, 2), rngs=rngs)
+
+    def __call__(self, x):
+        return self.a(x)
+
+
+def test_exact_fisher_of_pixels():
+    """Labels (N, H, W) with a mask of that shape: every pixel is an example with columns of its own."""
+    objective, params = whole_model("softmax", model=Pixels)
+    shape = (N, 2, 3)
+    batch = {"x": random(*shape, 2), "t": targets("softmax", shape), "mask": np.arange(N * 6).reshape(shape) % 4 != 1}
+    one = conv(2, 2, C, (2, 2))
+    net = lambda tape, p, x: one.by_hand(renamed(tape, layer="a"), p["a"], x).reshape(-1, C)
+    check(objective, params, batch, net, "softmax", "exact", Everything(reduce=False))
+
+
+def renamed(tape, **names):
+    return lambda name, a, M: tape(names.get(name, name), a, M)
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs):
+        self.embed = nnx.Embed(6, D, rngs=rngs)
+
+    def __call__(self, x):
+        return self.embed.attend(jnp.tanh(mixed(self.embed(x))))
+
+
+def tied(tape, p, x):
+    M = p["embed"]["embedding"]
+    h = jnp.tanh(mixed(tape("embed", jnp.eye(6)[x][None], M[None])))
+    return tape("attend", h, M.T[None])[0]
+
+
+def worst_of_tied(coverage, found, all_uses, given):
+    """The errors of an embedding that is used in both ways: uses add up, those of `attend` transposed."""
+    got, into, out = found["embed"], ref.statistics(all_uses["embed"]), ref.statistics(all_uses["attend"])
+    D = all_uses["attend"][0].D.swapaxes(-1, -2)
+    flat = D.reshape(*D.shape[:3], -1)
+    want = {
+        "counts": np.diagonal(into["A"][0]),
+        "rows": into["rows"],
+        "G": into["G"][0],
+        "A_head": out["A"][0],
+        "G_head": np.diagonal(out["G"][0]),
+        "head_rows": out["rows"],
+        "D2": into["D2"][0] + out["D2"][0].T,
+        "unit_F": into["unit"] + np.einsum("pngio,pngjo->goij", D, D),
+        "full_F": into["full"] + np.einsum("pngi,pngj->gij", flat, flat),
+    }
+    assert got.keys() == want.keys()
+    return {("embed", name): error(got[name], want[name]) for name in want}
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_tied_embedding(fisher):
+    loss = losses.SoftmaxCrossEntropy("t")
+    objective, params = Objective.from_model(Tied(nnx.Rngs(0)), lambda model, batch: model(batch["x"]), loss)
+    x = np.random.default_rng(0).integers(0, 6, (N, 3)).astype(np.int32)
+    batch = {"x": x, "t": (x + 1) % 6, "mask": np.arange(3 * N).reshape(N, 3) % 4 != 1}
+    check(objective, params, batch, tied, "softmax", fisher, compare=worst_of_tied)
+
+
+class Positions(nnx.Module):
+    """A parameter of no layer, and a subclass of a layer."""
+
+    def __init__(self, rngs):
+        self.position = nnx.Param(jnp.ones((3, D)))
+        self.a = nnx.Linear(D, C, rngs=rngs)
+
+    def __call__(self, x):
+        return self.a(x + self.position[...])
+
+
+@dataclasses.dataclass(frozen=True)
+class Rigged(losses.Loss):
+    """A loss whose samples are an entry of the batch: the reference can use the same ones."""
+
+    inner: losses.Loss
+
+    def values(self, outputs, batch):
+        return self.inner.values(outputs, batch)
+
+    def sample_targets(self, outputs, batch, key):
+        return {**batch, "t": batch["drawn"]}
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("fisher", ["exact", "sampled", "empirical"])
+def test_plain_parameters_have_the_exact_diagonal(fisher, microbatch):
+    loss = losses.SoftmaxCrossEntropy("t") if fisher == "exact" else Rigged(losses.SoftmaxCrossEntropy("t"))
+    predict = lambda model, batch: model(batch["x"])
+    objective, params = Objective.from_model(Positions(nnx.Rngs(0)), predict, loss, microbatch=microbatch)
+    params = randomised(params)
+    batch = batch_of("softmax", True, weighted=True)
+    batch["drawn"] = targets("softmax", (N, 3), seed=9)
+    key = jax.random.key(0)
+    found, _ = run(objective, params, batch, key, cover(objective, params, "t", plain=".*"), Everything(), fisher, {})
+
+    def net(tape, p, x):
+        position = tape("position", jnp.ones((1, 1, 1)), p["position"].reshape(1, 1, -1)).reshape(3, D)
+        kernel = tape("a/kernel", jnp.ones((1, 1, 1)), p["a"]["kernel"].reshape(1, 1, -1)).reshape(D, C)
+        return (x + position) @ kernel + tape("a/bias", jnp.ones((1, 1, 1)), p["a"]["bias"].reshape(1, 1, -1))[0]
+
+    all_uses, _, _ = reference(net, params, batch, "softmax", fisher, batch["drawn"] if fisher == "sampled" else None)
+    assert found.keys() == all_uses.keys()
+    for name, uses in all_uses.items():
+        assert error(found[name]["D2"], ref.statistics(uses)["D2"][0]) < TOLERANCE
+
+
+# -- exactness ---------------------------------------------------------------------------------------------------------
+
+
+class Deep(nnx.Module):
+    def __init__(self, rngs, linear=True):
+        self.layers = nnx.List([nnx.Linear(D, 3, rngs=rngs), nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, C, rngs=rngs)])
+        self.linear = linear
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x if self.linear else nnx.tanh(x))
+        return x
+
+
+@pytest.mark.parametrize(("linear", "n", "exact"), [(True, N, True), (False, 1, True), (False, N, False)])
+def test_kronecker_blocks_that_are_exact(linear, n, exact):
+    """Of a deep linear net with squared error, and of any net and one example: A (x) G is the Fisher's block."""
+    objective, params = whole_model("squared", model=Deep, linear=linear)
+    found, W = statistics(objective, params, batch_of("squared", n=n), "exact")
+    errors = []
+    for x in found.values():
+        errors.append(error(np.kron(x["A"][0] / x["rows"], x["G"][0] / W), x["full_F"][0] / W))
+    assert (max(errors) < TOLERANCE) == exact, errors
+    assert exact or max(errors) > 1e-2
+
+
+# -- what changes nothing ----------------------------------------------------------------------------------------------
+
+
+def assert_same(a, b, tolerance=TOLERANCE):
+    """Two trees of statistics, each array relative to its largest entry."""
+    errors = jax.tree.map(error, a, b)
+    assert jax.tree.reduce(max, errors) < tolerance, errors
+
+
+def test_jit_and_eager():
+    objective, params = whole_model("softmax", True)
+    batch, coverage = batch_of("softmax", True, weighted=True), cover(objective, params, "test")
+    args = (objective, params, batch, jax.random.key(0), coverage, KroneckerStatistic(), "sampled")
+    with jax.disable_jit():
+        eager = collect(*args, who="test")
+    assert_same(run(*args, {}), eager)
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3])  # 2 and 3 leave a remainder of N = 5
+def test_pieces(microbatch):
+    batch = batch_of("softmax", True, weighted=True)
+    whole, pieces = (
+        statistics(*whole_model("softmax", True, microbatch=m), batch, "exact") for m in (None, microbatch)
+    )
+    assert_same(pieces, whole)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_masked_examples_may_hold_anything(fisher):
+    """A batch padded with masked garbage is the batch without it, NaN targets included."""
+    objective, params = whole_model("squared", True)
+    batch = batch_of("squared", True)
+    garbage = {"x": 100 * random(3, 3, D, seed=5), "t": np.full((3, 3, C), np.nan, np.float32)}
+    padded = {name: np.concatenate([batch[name], garbage[name]]) for name in batch} | {"mask": np.arange(N + 3) < N}
+    assert_same(statistics(objective, params, padded, fisher), statistics(objective, params, batch, fisher))
+    none = statistics(objective, params, padded | {"mask": np.zeros(N + 3, bool)}, fisher)
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(none))
+
+
+def test_weights_are_repetitions():
+    objective, params = whole_model("softmax")
+    batch = batch_of("softmax")
+    twice = jax.tree.map(lambda a: np.concatenate([a, a[:2]]), batch)
+    weighted = batch | {"weights": np.array([2, 2, 1, 1, 1], np.float32)}
+    assert_same(statistics(objective, params, weighted), statistics(objective, params, twice))
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(D, rngs=rngs)
+        self.linear = nnx.Linear(D, D, rngs=rngs)
+
+    def __call__(self, x):
+        return x + nnx.tanh(self.linear(self.norm(x)))
+
+
+class Stack(nnx.Module):
+    """Two blocks: unrolled, in `nnx.scan`, or the same with `nnx.remat`."""
+
+    def __init__(self, rngs, how="unrolled"):
+        self.how = how
+        if "scan" in how:
+            self.blocks = nnx.vmap(Block, in_axes=0, out_axes=0)(rngs.split(2))
+        else:
+            self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+        self.head = nnx.Linear(D, C, rngs=rngs)
+
+    def __call__(self, x):
+        step = lambda x, block: block(x)
+        if "remat" in self.how:
+            step = nnx.remat(step)
+        if "scan" in self.how:
+            x = nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+        else:
+            for block in self.blocks:
+                x = step(x, block)
+        return self.head(x)
+
+
+@functools.cache
+def stacked(how, fisher):
+    """(found, W, stacked params) of a Stack; parameters are those of the unrolled one."""
+    objective, params = whole_model("softmax", model=Stack, how=how)
+    if "scan" not in how:
+        stack = lambda *leaves: np.stack(leaves)
+        one, two = ({"blocks": params["blocks"][i]} for i in range(2))
+        return *statistics(objective, params, batch_of("softmax", True, weighted=True), fisher, Everything(False)), (
+            jax.tree.map(stack, one, two) | {"head": params["head"]}
+        )
+    params = stacked("unrolled", fisher)[2]
+    return *statistics(objective, params, batch_of("softmax", True, weighted=True), fisher, Everything(False)), params
+
+
+@pytest.mark.parametrize("how", ["remat", "scan", "scan remat"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_transforms(how, fisher):
+    """Stacked layers have stacked statistics: those of the layers one by one."""
+    unrolled, W, _ = stacked("unrolled", fisher)
+    found, weight, _ = stacked(how, fisher)
+    np.testing.assert_allclose(weight, W)
+    if "scan" not in how:
+        assert_same(found, unrolled)
+        return
+    assert found.keys() == {"blocks/norm", "blocks/linear", "head"}
+    assert_same(found["head"], unrolled["head"])
+    for name in ("norm", "linear"):
+        both = jax.tree.map(lambda *v: np.stack(v), *(unrolled[f"blocks/{i}/{name}"] for i in range(2)))
+        assert_same(found[f"blocks/{name}"], both)
+    assert_same(found["blocks/linear"]["full_F"][1], unrolled["blocks/1/linear"]["full_F"])
+
+
+class Twice(nnx.Module):
+    """One layer under two names, the second of which comes first in the tree, used three times."""
+
+    def __init__(self, rngs):
+        self.z = nnx.Linear(D, D, rngs=rngs)
+        self.inner = One(self.z)
+        self.head = nnx.Linear(D, C, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.tanh(self.z(nnx.tanh(self.inner(nnx.tanh(self.z(x)))))))
+
+
+def twice(tape, p, x):
+    x = x[None]
+    for _ in range(3):
+        x = jnp.tanh(tape.dense("inner/layer", x, ref.matrix(p["inner"]["layer"])))
+    return tape.dense("head", x, ref.matrix(p["head"]))
+
+
+def test_a_layer_that_is_used_more_than_once_adds_up():
+    objective, params = whole_model("squared", model=Twice)
+    check(objective, params, batch_of("squared", weighted=True), twice, "squared", "exact", Everything(reduce=False))
+
+
+class Recurrent(nnx.Module):
+    def __init__(self, rngs):
+        self.rnn = nnx.RNN(nnx.GRUCell(D, 2, rngs=rngs))
+        self.head = nnx.Linear(2, C, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.rnn(x)[:, -1])
+
+
+def recurrent(tape, p, x):
+    p, h, head = p["rnn"]["cell"], jnp.zeros((1, 2)), p["head"]
+    for i in range(x.shape[0]):
+        (xr, xz, xn), (hr, hz, hn) = (
+            jnp.split(tape.dense(f"rnn/cell/{name}", v, ref.matrix(p[name])), 3, -1)
+            for name, v in (("dense_i", x[i : i + 1]), ("dense_h", h))
+        )
+        r, z = ref_sigmoid(xr + hr), ref_sigmoid(xz + hz)
+        h = (1 - z) * jnp.tanh(xn + r * hn) + z * h
+    return tape.dense("head", h, ref.matrix(head))
+
+
+def ref_sigmoid(x):
+    return 1 / (1 + jnp.exp(-x))
+
+
+def test_recurrent_layer():
+    objective, params = whole_model("squared", model=Recurrent)
+    batch = {"x": random(N, 3, D), "t": targets("squared", (N,)), "mask": np.arange(N) != 2}
+    check(objective, params, batch, recurrent)
+
+
+@pytest.mark.parametrize("vmap", [jax.vmap, nnx.vmap])
+def test_a_model_that_is_mapped_over_examples(vmap):
+    objective, params = whole_model("softmax", model=Stack, how="unrolled")
+    loss = losses.SoftmaxCrossEntropy("t")
+
+    def predict(model, batch):
+        if vmap is jax.vmap:
+            return jax.vmap(model)(batch["x"])
+        return nnx.vmap(lambda model, x: model(x), in_axes=(None, 0))(model, batch["x"])
+
+    mapped, _ = Objective.from_model(Stack(nnx.Rngs(0)), predict, loss)
+    batch = batch_of("softmax", True)
+    for fisher in ("exact", "empirical"):
+        assert_same(statistics(mapped, params, batch, fisher), statistics(objective, params, batch, fisher))
+
+
+class Convolutional(nnx.Module):
+    def __init__(self, rngs, dtype=None):
+        self.conv = nnx.Conv(2, 4, (3, 3), strides=2, rngs=rngs, dtype=dtype)
+        self.norm = nnx.GroupNorm(4, num_groups=2, rngs=rngs, dtype=dtype)
+        self.head = nnx.Linear(4, C, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.conv(x))).mean((1, 2)))
+
+
+def images(n=8):
+    return {"x": random(n, 6, 6, 2), "t": targets("softmax", (n,))}
+
+
+def test_sharded_batch():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    objective, params = whole_model("softmax", model=Convolutional)
+    batch = images(16) | {"mask": np.arange(16) % 5 != 1}
+    sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    replicated = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    found = statistics(objective, replicated, sharded, "exact")
+    assert len(found[1].sharding.device_set) == 8
+    assert_same(found, statistics(objective, params, batch, "exact"))
+
+
+def test_bfloat16_compute():
+    """Statistics are float32, and within bfloat16's accuracy (2^-8 for each of a few roundings) of float32's."""
+    batch = images()
+    want, _ = statistics(*whole_model("softmax", model=Convolutional), batch)
+    objective, params = whole_model("softmax", model=Convolutional, dtype=jnp.bfloat16)
+    found, _ = statistics(objective, params, batch)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(found))
+    assert_same(found, want, 0.05)
+    assert error(found["head"]["A"], want["head"]["A"]) > 1e-5  # it was not computed in float32 after all
+
+
+def test_permuted_channels_permute_the_factors():
+    objective, params = whole_model("softmax", model=Convolutional)
+    found, _ = statistics(objective, params, images())
+    order = np.array([1, 0, 3, 2])  # within the groups of the GroupNorm
+    p = jax.tree.map(np.asarray, params)
+    moved = {
+        "conv": {"kernel": p["conv"]["kernel"][..., order], "bias": p["conv"]["bias"][order]},
+        "norm": {name: v[order] for name, v in p["norm"].items()},
+        "head": {"kernel": p["head"]["kernel"][order], "bias": p["head"]["bias"]},
+    }
+    again, _ = statistics(objective, moved, images())
+    assert_same(again["conv"]["G"], found["conv"]["G"][:, order][:, :, order])
+    assert_same(again["conv"]["A"], found["conv"]["A"])
+    assert_same(again["norm"]["F"], found["norm"]["F"][..., order])
+    with_one = np.append(order, 4)
+    assert_same(again["head"]["A"], found["head"]["A"][:, with_one][:, :, with_one])
+
+
+def test_without_a_key_dropout_is_off():
+    class Dropping(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(D, C, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.a(self.dropout(x))
+
+    objective, params = whole_model("softmax", model=Dropping)
+    batch = batch_of("softmax")
+    coverage = cover(objective, params, "test")
+    A = lambda key: run(objective, params, batch, key, coverage, KroneckerStatistic(), "exact", {})[0]["a"]["A"]
+    x = np.concatenate([batch["x"], np.ones((N, 1))], 1)
+    assert error(A(None)[0], x.T @ x) < TOLERANCE
+    assert error(A(jax.random.key(0)), A(None)) > 0.1
+
+
+# -- coverage ----------------------------------------------------------------------------------------------------------
+
+
+class Mine(nnx.Linear):
+    pass
+
+
+class Zoo(nnx.Module):
+    """Layers of every kind in lists and below, one of them under two names, and a parameter of its own."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(D, D, rngs=rngs), nnx.Conv(D, D, (2,), rngs=rngs), Block(rngs)])
+        self.attention = nnx.MultiHeadAttention(2, D, rngs=rngs, decode=False)
+        self.again = self.layers[0]
+        self.embed = nnx.Embed(3, D, rngs=rngs)
+        self.unused = nnx.Linear(D, 2, rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(D))
+
+    def __call__(self, x):
+        x = x + self.embed(jnp.zeros(x.shape[:2], jnp.int32)) * self.scale[...]
+        for layer in (*self.layers, self.attention, self.again):
+            x = layer(x)
+        return x[..., :C]
+
+
+def covered(model, who="KFAC", loss=None, **options):
+    objective, params = Objective.from_model(model, lambda m, b: m(b["x"]), loss or losses.SoftmaxCrossEntropy("t"))
+    return objective, params, cover(objective, params, who, **options)
+
+
+def test_every_parameter_is_in_one_block():
+    _, params, coverage = covered(Zoo(nnx.Rngs(0)), uncovered="diagonal")
+    paths = [(*layer.path, name) for layer in coverage.layers for name, _ in layer.shapes]
+    leaves = {tuple(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    assert len(paths) == len(set(paths)) and set(paths) == leaves
+    assert sum(layer.size for layer in coverage.layers) == sum(a.size for a in jax.tree.leaves(params))
+    assert [layer.name for layer in coverage.plain] == ["scale"]
+    vector = randomised(params)
+    back = coverage.vector(coverage.matrices(vector))
+    assert jax.tree.structure(back) == jax.tree.structure(vector)
+    jax.tree.map(np.testing.assert_array_equal, back, vector)
+    assert hash(coverage) == hash(covered(Zoo(nnx.Rngs(1)), uncovered="diagonal")[2])
+
+
+def test_a_layer_that_is_never_called_has_no_statistics():
+    objective, params, coverage = covered(Zoo(nnx.Rngs(0)), uncovered="diagonal")
+    found, _ = run(objective, params, batch_of("softmax", True), None, coverage, KroneckerStatistic(), "empirical", {})
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(found["unused"]))
+    assert all(np.any(found[name]["A"]) for name in ("again", "layers/1", "attention/out") if name in found)
+
+
+def test_unknown_parameters_are_an_error():
+    with pytest.raises(ValueError, match=r"KFAC: 1 parameters belong to no layer(.|\n)*  position: no layer that is"):
+        covered(Positions(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"uncovered='diagonal'(.|\n)*plain=(.|\n)*register_layer"):
+        covered(Positions(nnx.Rngs(0)))
+
+
+def test_plain_names_layers_and_parameters():
+    for plain in ("a", "a/kernel", "a/.*"):
+        _, _, coverage = covered(Positions(nnx.Rngs(0)), plain=f"position|{plain}")
+        assert sorted(layer.name for layer in coverage.plain) == ["a/bias", "a/kernel", "position"]
+        assert not coverage.known
+    _, _, coverage = covered(Positions(nnx.Rngs(0)), plain="position")
+    assert [layer.name for layer in coverage.known] == ["a"]
+    with pytest.raises(ValueError, match=r"KFAC\(plain='nothing'\) matches no parameter. Paths are like a/bias, a/"):
+        covered(Positions(nnx.Rngs(0)), plain="nothing")
+    assert all(isinstance(layer, PlainParameter) for layer in coverage.plain)
+
+
+def test_subclasses_need_registration(monkeypatch):
+    model = One(Mine(D, C, rngs=nnx.Rngs(0)))
+    for options in ({}, {"plain": "layer/bias"}):
+        with pytest.raises(ValueError, match=r"layer/kernel: Mine is a subclass of Linear: register_layer it"):
+            covered(model, **options)
+    monkeypatch.setitem(known_layers.LAYERS, Mine, None)  # to be taken back
+    register_layer(Mine)
+    objective, params, coverage = covered(model)
+    found, _ = run(objective, params, batch_of("softmax"), None, coverage, KroneckerStatistic(), "empirical", {})
+    linear, params, coverage = covered(One(nnx.Linear(D, C, rngs=nnx.Rngs(0))))
+    want, _ = run(linear, params, batch_of("softmax"), None, coverage, KroneckerStatistic(), "empirical", {})
+    jax.tree.map(np.testing.assert_array_equal, found, want)
+    with pytest.raises(TypeError, match=r"register_layer\(module\) should be a subclass of nnx.Module"):
+        register_layer(int)  # pyrefly: ignore
+    with pytest.raises(TypeError, match=r"register_layer\(layer\) should be a subclass of curvature.Layer"):
+        register_layer(Mine, int)  # pyrefly: ignore
+
+
+def test_layers_inside_wrappers_are_not_covered():
+    rngs = nnx.Rngs(0)
+    model = One(nnx.WeightNorm(nnx.Linear(D, C, rngs=rngs), rngs=rngs))
+    with pytest.raises(ValueError, match=r"layer/layer_instance/kernel: it is inside a wrapper"):
+        covered(model)
+
+
+class Shared(nnx.Module):
+    """Two layers with one kernel: neither's statistics are those of the kernel."""
+
+    def __init__(self, rngs):
+        self.a = nnx.Linear(D, D, rngs=rngs)
+        self.b = nnx.Linear(D, D, rngs=rngs)
+        self.b.kernel = self.a.kernel
+
+    def __call__(self, x):
+        return self.b(nnx.tanh(self.a(x)))[..., :C]
+
+
+def test_layers_that_share_a_parameter_are_not_covered():
+    with pytest.raises(ValueError, match=r"a/kernel: b has parameters of this Linear too(.|\n)*b/bias: a has"):
+        covered(Shared(nnx.Rngs(0)))
+    _, _, coverage = covered(Shared(nnx.Rngs(0)), uncovered="diagonal")
+    assert {layer.name for layer in coverage.plain} == {"a/kernel", "a/bias", "b/bias"}
+
+
+class Learned(nnx.Module):
+    """A position embedding without the batch's axis."""
+
+    def __init__(self, rngs):
+        self.position = nnx.Embed(3, D, rngs=rngs)
+        self.a = nnx.Linear(D, C, rngs=rngs)
+
+    def __call__(self, x):
+        return self.a(x + self.position(jnp.arange(3)))
+
+
+class Ensemble(nnx.Module):
+    """The mean of two models, mapped over as one."""
+
+    def __init__(self, rngs):
+        self.members = nnx.vmap(Learned, in_axes=0, out_axes=0)(rngs.split(2))
+
+    def __call__(self, x):
+        return nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(self.members, x).mean(0)
+
+
+@pytest.mark.parametrize("model", [Learned, Ensemble])
+def test_a_layer_without_the_axis_of_examples_is_an_error(model):
+    objective, params, coverage = covered(model(nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"Embed '(members/)?position' is applied to an input of shape \(3,\)"):
+        collect(objective, params, batch_of("softmax", True), None, coverage, KroneckerStatistic(), "exact", who="KFAC")
+    objective, params, coverage = covered(model(nnx.Rngs(0)), plain=".*position")
+    collect(objective, params, batch_of("softmax", True), None, coverage, KroneckerStatistic(), "empirical", who="KFAC")
+
+
+def test_plain_parameters_and_batch_norm():
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(D, C, rngs=rngs)
+            self.norm = nnx.BatchNorm(C, rngs=rngs)
+
+        def __call__(self, x):
+            return self.norm(self.a(x))
+
+    objective, params, coverage = covered(Normed(nnx.Rngs(0)), plain="a")
+    of = lambda objective: collect(
+        objective, params, batch_of("softmax"), None, coverage, KroneckerStatistic(), "empirical", who="KFAC"
+    )
+    with pytest.raises(ValueError, match=r"KFAC: the exact diagonal of a/bias, a/kernel needs .* BatchNorm"):
+        of(objective)
+    of(objective.evaluation())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda rngs: nnx.Einsum("nii,io->no", (D, C), rngs=rngs), "repeats a label"),
+        (lambda rngs: nnx.Einsum("nti,io->no", (D, C), rngs=rngs), "sums one operand alone"),
+        (lambda rngs: nnx.Einsum("ni,io->n", (D, C), rngs=rngs), "sums its kernel alone"),
+        (lambda rngs: nnx.Einsum("...rti,io->...tro", (D, C), rngs=rngs), r"reorders positions together with"),
+        (lambda rngs: nnx.Einsum("nhi,hio->noh", (2, D, C), (C, 2), rngs=rngs), "its bias is not a row"),
+        (lambda rngs: nnx.Conv(D, C, (2,), mask=jnp.ones((2, D, C)), rngs=rngs), "it has a mask"),
+        (lambda rngs: nnx.LayerNorm(D, feature_axes=1, rngs=rngs), "its feature_axes are"),
+        (lambda rngs: nnx.BatchNorm(D, axis=1, rngs=rngs), "its axis is 1"),
+        (lambda rngs: nnx.BatchNorm(D, axis_name="data", rngs=rngs), "it has an axis_name"),
+        (lambda rngs: nnx.ConvTranspose(D, C, (2,), rngs=rngs), "no layer that is registered"),
+    ],
+)
+def test_layers_that_are_not_supported_say_why(layer, message):
+    with pytest.raises(ValueError, match=message):
+        covered(One(layer(nnx.Rngs(0))))
+
+
+def test_fishers_that_cannot_be():
+    objective, params = whole_model("softmax", True)
+    coverage = cover(objective, params, "KFAC")
+    of = lambda objective, batch, fisher: collect(
+        objective, params, batch, None, coverage, KroneckerStatistic(), fisher, who="KFAC"
+    )
+    with pytest.raises(ValueError, match=r"KFAC\(fisher='sampled'\) draws targets from the model and needs a key"):
+        of(objective, batch_of("softmax", True), "sampled")
+    long = {"x": np.zeros((1, 400, D), np.float32), "t": np.zeros((1, 400), np.int32)}
+    with pytest.raises(ValueError, match=r"3 outputs x 400 positions backward passes .* more than 1024"):
+        of(objective, long, "exact")
+    mine = losses.PerExample(lambda z, batch: jnp.sum(z**2, axis=(1, 2)))
+    other, _ = Objective.from_model(MLP(nnx.Rngs(0)), lambda model, batch: model(batch["x"]), mine)
+    with pytest.raises(TypeError, match=r"KFAC\(fisher='exact'\) knows the distribution of .* not of PerExample"):
+        of(other, batch_of("softmax", True), "exact")

@@ -17,6 +17,7 @@ input as its a; any other parameter is `plain`: a vector of its own.
 
 import abc
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -382,20 +383,21 @@ class ConvLayer(MatrixLayer):
         elif padding == "CAUSAL":
             x = jnp.pad(x, [(0, 0), (reach[0] - 1, 0), (0, 0)])
             padding = "VALID"
-        letters = "DHW"[-rank:] if rank <= 3 else "".join(map(str, range(rank)))
-        patches = jax.lax.conv_general_dilated_patches(
-            x,
-            self.window,
-            self.strides,
-            padding,
-            lhs_dilation=self.input_dilation,
-            rhs_dilation=self.kernel_dilation,
-            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-        )
-        # the patches come channel-major, (c, window); the kernel is (window, c) within each group
-        k = _size(self.window)
-        patches = patches.reshape(examples, -1, self.groups, self.inputs // k, k)
-        return patches.transpose(2, 0, 1, 4, 3).reshape(self.groups, examples, -1, self.inputs)
+        dilated = [(n - 1) * d + 1 for n, d in zip(x.shape[1:-1], self.input_dilation, strict=True)]
+        pads = jax.lax.padtype_to_pads(dilated, reach, self.strides, padding) if isinstance(padding, str) else padding
+        edges = [(low, high, d - 1) for (low, high), d in zip(pads, self.input_dilation, strict=True)]
+        x = jax.lax.pad(x, jnp.float32(0), [(0, 0, 0), *edges, (0, 0, 0)])
+        ends = [(n - r) // s * s + 1 for n, r, s in zip(x.shape[1:-1], reach, self.strides, strict=True)]
+        # A slice for each offset in the window, in the kernel's own order: conv_general_dilated_patches is a
+        # convolution with as many groups as channels, which CPUs take minutes for.
+        slices = []
+        for offset in itertools.product(*map(range, self.window)):
+            starts = [o * d for o, d in zip(offset, self.kernel_dilation, strict=True)]
+            limits = [start + end for start, end in zip(starts, ends, strict=True)]
+            slices.append(jax.lax.slice(x, (0, *starts, 0), (len(x), *limits, x.shape[-1]), (1, *self.strides, 1)))
+        patches = jnp.stack(slices, axis=-2)  # (N, positions, window, channels)
+        patches = patches.reshape(examples, -1, len(slices), self.groups, self.inputs // len(slices))
+        return patches.transpose(3, 0, 1, 2, 4).reshape(self.groups, examples, -1, self.inputs)
 
     def cotangents(self, s, examples):
         s = s.astype(jnp.float32).reshape(examples, -1, self.groups, self.outputs)

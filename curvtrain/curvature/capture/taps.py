@@ -84,8 +84,10 @@ def _observe_fwd(measure, call, y, saved, given, slots):
 def _observe_bwd(measure, call, residuals, s):
     saved, given, slots = residuals
     found = measure(call, saved, s, given)
-    cotangents = {name: found[name].astype(slot.dtype).reshape(slot.shape) for name, slot in slots.items()}
-    return s, None, None, cotangents
+    # Where the model is mapped over examples, jax.vmap adds up over them what depends on them: a mere count would not.
+    one = jnp.any(s != 0) | True
+    of = lambda name, slot: jnp.where(one, found[name], 0).astype(slot.dtype).reshape(slot.shape)
+    return s, None, None, {name: of(name, slot) for name, slot in slots.items()}
 
 
 _observe.defvjp(_observe_fwd, _observe_bwd)
