@@ -178,40 +178,25 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         return dataclasses.replace(new, updates=c.updates + 1, skipped=c.skipped + ~usable)
 
     def refresh(self, curvature: KroneckerFactors, objective, params, batch, key, damping=None) -> KroneckerFactors:
-        c, failures = curvature, curvature.failures
+        c = curvature
         damping = jnp.float32(self.damping if damping is None else damping)
-        new: dict[str, Any] = {}
         if self.inverse == "cholesky":
-            inverses = {}
-            for size, inverse in c.damped_inverses(damping).items():
-                finite = jnp.all(jnp.isfinite(inverse), axis=(1, 2))
-                inverses[size] = jnp.where(finite[:, None, None], inverse, c.inverses[size])
-                failures += jnp.sum(~finite, dtype=jnp.int32)
-            new = {"inverses": inverses}
+            inverses, failures = c.damped_inverses(damping)
+            new: dict[str, Any] = {"inverses": inverses}
         else:
-            vectors, values = {}, {}
-            for size, X in c.factors.items():
-                value, Q = eigh(X)
-                finite = jnp.all(jnp.isfinite(value), axis=1) & jnp.all(jnp.isfinite(Q), axis=(1, 2))
-                vectors[size] = jnp.where(finite[:, None, None], Q, c.vectors[size])
-                values[size] = jnp.where(finite[:, None], value, c.values[size])
-                failures += jnp.sum(~finite, dtype=jnp.int32)
-            new = {"vectors": vectors, "values": values}
+            found = {size: eigh(X) for size, X in c.factors.items()}
+            cached = {size: (c.values[size], c.vectors[size]) for size in found}
+            found, failures = kf.keep_finite(found, cached)
+            values = {size: pair[0] for size, pair in found.items()}
+            new = {"values": values, "vectors": {size: pair[1] for size, pair in found.items()}}
             if self.inverse == "ekfac":  # the second moments of another basis say nothing of this one
                 seeds = {}
                 for layer in kf.matrices_of(c.coverage):
                     alpha, gamma = c.pair(values, layer.name)
                     seeds[layer.name] = alpha[:, :, None] * gamma[:, None, :]
                 new |= {"scales": seeds, "scale_weight": jnp.float32(1)}
-        bases = {}
-        for name, e in c.embeddings.items():
-            mix = _unit_trace(e["G"]) + jnp.where(jnp.any(e["G_head"] > 0), _unit_trace(e["A_head"]), 0.0)
-            _, Q = eigh(mix)
-            diagonal = lambda X, Q=Q: jnp.maximum(jnp.einsum("kij,kij->kj", Q, X @ Q), 0.0)
-            with trees.exact():
-                bases[name] = {"Q": Q, "G": diagonal(e["G"]), "A_head": diagonal(e["A_head"])}
-            finite = jnp.all(jnp.isfinite(Q))
-            bases[name] = jax.tree.map(lambda n, o, ok=finite: jnp.where(ok, n, o), bases[name], c.bases[name])
+        bases, more = kf.keep_finite({name: _basis(e) for name, e in c.embeddings.items()}, c.bases)
+        failures += c.failures + more
         return dataclasses.replace(c, **new, bases=bases, damping=damping, refreshes=c.refreshes + 1, failures=failures)
 
     def partition_specs(self, curvature: KroneckerFactors, param_specs, mesh):
@@ -221,10 +206,9 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
     def overview(self, objective, params) -> str:
         curvature = jax.eval_shape(self.init, objective, params)
         coverage, blocks = curvature.coverage, {}
-        made = {"cholesky": 2, "eigh": 2, "ekfac": 2}[self.inverse]  # a factor, and its inverse or eigenvectors
         for layer in coverage.layers:
             if isinstance(layer, MatrixLayer):
-                floats = made * layer.copies * (layer.d_i**2 + layer.d_o**2)
+                floats = 2 * layer.copies * (layer.d_i**2 + layer.d_o**2)  # factors, and their inverses or eigenvectors
                 if self.inverse != "cholesky":
                     floats += layer.copies * (layer.d_i + layer.d_o)
                 floats += layer.copies * layer.d_i * layer.d_o * (self.inverse == "ekfac")
@@ -244,6 +228,15 @@ def norm_blocks(F: jax.Array, layer: NormLayer) -> jax.Array:
     """(*stack, p, p, C) as (K * C, p, p)."""
     F = F.reshape(layer.copies, layer.units, layer.units, layer.channels)
     return jnp.moveaxis(F, 3, 1).reshape(-1, layer.units, layer.units)
+
+
+def _basis(e: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What `KroneckerFactors.bases` says of an embedding: of a tied one, a compromise between its two matrices."""
+    mix = _unit_trace(e["G"]) + jnp.where(jnp.any(e["G_head"] > 0), _unit_trace(e["A_head"]), 0.0)
+    _, Q = eigh(mix)
+    diagonal = lambda X: jnp.maximum(jnp.einsum("kij,kij->kj", Q, X @ Q), 0.0)
+    with trees.exact():
+        return {"Q": Q, "G": diagonal(e["G"]), "A_head": diagonal(e["A_head"])}
 
 
 def eigh(X: jax.Array) -> tuple[jax.Array, jax.Array]:

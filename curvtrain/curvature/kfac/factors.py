@@ -94,7 +94,7 @@ class KroneckerFactors(Curvature):
       scale_weight: as `weight`, for S in the present basis.
       damping: that the inverses were made for; NaN before the first refresh.
       updates, refreshes: so far.
-      failures: factors whose factorisation was not finite; the last good one was kept.
+      failures: factors and embeddings whose factorisation was not finite; the last good one was kept.
       skipped: updates with statistics that were not finite, or of no example; nothing was absorbed.
     """
 
@@ -132,15 +132,19 @@ class KroneckerFactors(Curvature):
         ok = (a > 0) & (g > 0)
         return jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0))
 
-    def damped_inverses(self, damping: jax.Array | float) -> Arrays:
-        """The inverses of all factors with the damping split by pi, stack by stack in one batched call."""
+    def damped_inverses(self, damping: jax.Array | float) -> tuple[Arrays, jax.Array]:
+        """The inverses of all factors with the damping split by pi, stack by stack in one batched call.
+
+        Returns (inverses, failures): where an inverse is not finite, the cached one stands, and it counts as a failure.
+        """
         root = jnp.sqrt(jnp.float32(damping))
         shifts = {size: [jnp.zeros(0)] for size in self.factors}
         for name, (a, _, g, _) in layout_of(self.coverage).at:
             pi = self.pi(name)
             shifts[a].append(pi * root)
             shifts[g].append(root / pi)
-        return {size: _inverse(X, jnp.concatenate(shifts[size])) for size, X in self.factors.items()}
+        new = {size: _inverse(X, jnp.concatenate(shifts[size])) for size, X in self.factors.items()}
+        return keep_finite(new, self.inverses)
 
     # -- as a matrix ---------------------------------------------------------------------------------------------------
 
@@ -167,7 +171,7 @@ class KroneckerFactors(Curvature):
         damping = jnp.float32(damping)
         if self.inverse == "cholesky":
             inverses = jax.lax.cond(
-                damping == self.damping, lambda: self.inverses, lambda: self.damped_inverses(damping)
+                damping == self.damping, lambda: self.inverses, lambda: self.damped_inverses(damping)[0]
             )
 
         def matrix(layer, M):
@@ -278,6 +282,21 @@ class KroneckerFactors(Curvature):
             return cg(product, M, x0=inverse(M), tol=_CG_TOLERANCE, maxiter=_CG_STEPS, M=inverse)[0]
 
         return jax.lax.cond(jnp.any(self.embeddings[layer.name]["G_head"] > 0), tied, inverse, M)
+
+
+def keep_finite(new: PyTree, old: PyTree) -> tuple[PyTree, jax.Array]:
+    """(new, but old where its leading axis has an entry that is not finite; how many such there are).
+
+    Dictionaries by name; the arrays of one name share their leading axis and stand or fall together.
+    """
+    kept, failures = {}, jnp.int32(0)
+    for name, arrays in new.items():
+        entries = [jnp.isfinite(a).reshape(len(a), -1).all(1) for a in jax.tree.leaves(arrays)]
+        finite = functools.reduce(jnp.logical_and, entries)
+        pick = lambda a, b, ok=finite: jnp.where(ok.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+        kept[name] = jax.tree.map(pick, arrays, old[name])
+        failures += jnp.sum(~finite, dtype=jnp.int32)
+    return kept, failures
 
 
 def to_units(M: jax.Array) -> jax.Array:
