@@ -1069,11 +1069,26 @@ class Learned(nnx.Module):
 class Ensemble(nnx.Module):
     """The mean of two models, mapped over as one."""
 
-    def __init__(self, rngs):
-        self.members = nnx.vmap(Learned, in_axes=0, out_axes=0)(rngs.split(2))
+    def __init__(self, rngs, member=Learned):
+        self.members = nnx.vmap(member, in_axes=0, out_axes=0)(rngs.split(2))
 
     def __call__(self, x):
         return nnx.vmap(lambda model, x: model(x), in_axes=(0, None))(self.members, x).mean(0)
+
+
+def test_members_of_an_ensemble_have_statistics_of_their_own():
+    """Stacked by `nnx.vmap`: each member's are those of its model alone, but for the outputs' cotangents."""
+    objective, params, coverage = covered(Ensemble(nnx.Rngs(0), Block), loss=losses.SquaredError("t"))
+    batch = {"x": random(N, D), "t": random(N, D, seed=1), "mask": np.arange(N) != 2}
+    found, _ = run(objective, params, batch, None, coverage, Everything(False), "exact", {})
+    for i in range(2):
+        member = jax.tree.map(lambda a, i=i: a[i], params["members"])
+        alone, _, coverage = covered(Block(nnx.Rngs(0)), loss=losses.SquaredError("t"))
+        want, _ = run(alone, member, batch, None, coverage, Everything(False), "exact", {})
+        for name in ("linear", "norm"):
+            got = {n: v[i] for n, v in found[f"members/{name}"].items()}
+            of_inputs = ("A", "rows", "reduce_A", "reduce_rows")  # others carry two factors of 1/2, of the mean
+            assert_same(got, {n: v if n in of_inputs else v / 4 for n, v in want[name].items()})
 
 
 @pytest.mark.parametrize("model", [Learned, Ensemble])
@@ -1121,6 +1136,38 @@ def test_plain_parameters_and_batch_norm():
 def test_layers_that_are_not_supported_say_why(layer, message):
     with pytest.raises(ValueError, match=message):
         covered(One(layer(nnx.Rngs(0))))
+
+
+class Calling(One):
+    """Calls its layer with these further arguments."""
+
+    def __init__(self, layer, *args, **kwargs):
+        super().__init__(layer)
+        self.further = (args, tuple(kwargs.items()))
+
+    def __call__(self, x):
+        args, kwargs = self.further
+        return self.layer(x, *args, **dict(kwargs)) if args or kwargs else self.layer(inputs=x)
+
+
+def test_arguments_of_calls():
+    """The input by name; running averages by position and by name; a norm's mask is refused."""
+    of = lambda model: statistics(*covered(model)[:2], batch_of("softmax"), statistic=Everything(False))
+    linear = lambda: nnx.Linear(D, C, rngs=nnx.Rngs(0))
+    assert_same(of(Calling(linear())), of(One(linear())), 0.1 * TOLERANCE)
+    norm = lambda **options: batch_norm(nnx.Rngs(0), **options)
+    want = of(One(norm(use_running_average=True)))
+    assert_same(of(Calling(norm(), True)), want, 0.1 * TOLERANCE)
+    assert_same(of(Calling(norm(), use_running_average=True)), want, 0.1 * TOLERANCE)
+    assert error(of(One(norm()))[0]["layer"]["F"], want[0]["layer"]["F"]) > 0.1
+    with pytest.raises(NotImplementedError, match=r"statistics of layer \(LayerNorm\) under mask= are not known"):
+        of(Calling(nnx.LayerNorm(D, rngs=nnx.Rngs(0)), mask=True))
+
+
+def test_reduce_of_an_embedding_is_refused():
+    objective, params, batch, _ = one_layer("embed")
+    with pytest.raises(NotImplementedError, match=r"weight_sharing='reduce' averages one-hot rows"):
+        statistics(objective, params, batch, statistic=KroneckerStatistic("reduce"))
 
 
 def test_fishers_that_cannot_be():

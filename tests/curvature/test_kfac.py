@@ -332,6 +332,40 @@ def test_it_is_the_exact_fisher_of_one_example():
     close(c.as_matrix(), F, 1e-6)
 
 
+class Stack(nnx.Module):
+    """Two layers of equal shape: one by one, or scanned over as one."""
+
+    def __init__(self, rngs, scan):
+        one = lambda rngs: nnx.Linear(D, D, rngs=rngs)
+        self.scan = scan
+        self.blocks = nnx.vmap(one)(rngs.split(2)) if scan else nnx.List([one(rngs), one(rngs)])
+
+    def __call__(self, x):
+        step = lambda x, block: nnx.tanh(block(x))
+        if self.scan:
+            return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+        return step(step(x, self.blocks[0]), self.blocks[1])
+
+
+@inverses
+def test_stacked_layers(inverse):
+    """Scanned layers are preconditioned as they are one by one."""
+    batch = {"x": np.random.default_rng(0).normal(size=(N, D)).astype(np.float32), "t": np.arange(N) % D}
+    found = {}
+    for scan in (True, False):
+        objective, params = Objective.from_model(Stack(nnx.Rngs(0), scan), predict, losses.SoftmaxCrossEntropy("t"))
+        if scan:
+            stacked = params["blocks"]
+        else:
+            params = {"blocks": {i: jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(2)}}
+        estimator = KFAC("empirical", inverse=inverse)
+        c = update(estimator, estimator.init(objective, params), objective, params, batch)
+        c = update(estimator, refresh(estimator, c, objective, params, 0.1), objective, params, batch)
+        found[scan] = solve(c, params, 0.1)["blocks"]
+    one_by_one = jax.tree.map(lambda *a: np.stack(a), found[False][0], found[False][1])
+    jax.tree.map(lambda got, want: close(got, want, 2e-6), found[True], one_by_one)
+
+
 # -- EKFAC -------------------------------------------------------------------------------------------------------------
 
 
