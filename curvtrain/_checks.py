@@ -24,11 +24,20 @@ def positive_int(argument: str, value: object, *, minimum: int = 1) -> None:
         raise ValueError(f"{argument} should be at least {minimum}, not {value}.")
 
 
-def number_in(argument: str, value: object, low: float, high: float = math.inf, *, open_high: bool = False) -> None:
-    """Raises TypeError unless `value` is a real number, ValueError unless low <= value <= high (or < high)."""
+def number_in(
+    argument: str,
+    value: object,
+    low: float,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> None:
+    """Raises TypeError unless `value` is a real number, ValueError unless low <= value <= high (< where it is open)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument} should be a number, not {value!r} of type {type(value).__name__}.")
-    inside = low <= value and (value < high if open_high else value <= high)
+    inside = (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
     if not inside:
+        start = f"{'above' if open_low else 'at least'} {low}"
         end = "" if high == math.inf else f" and {'below' if open_high else 'at most'} {high}"
-        raise ValueError(f"{argument} should be at least {low}{end}, not {value}.")
+        raise ValueError(f"{argument} should be {start}{end}, not {value}.")

@@ -102,7 +102,7 @@ def kfac(
     _checks.number_in("kfac(initial_damping)", initial_damping, 0.0)
     _checks.number_in("kfac(l2)", l2, 0.0)
     _checks.positive_int("kfac(damping_every)", damping_every)
-    _checks.number_in("kfac(damping_decay)", damping_decay, 0.0, 1.0)
+    _checks.number_in("kfac(damping_decay)", damping_decay, 0.0, 1.0, open_low=True)
     _checks.number_in("kfac(min_damping)", min_damping, 0.0)
     _checks.number_in("kfac(max_damping)", max_damping, min_damping)
     if norm_constraint is not None:
