@@ -64,6 +64,8 @@ class Eigenpairs(Curvature):
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
         """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors; negative values count as zero."""
+        if exponent == -1.0:
+            return self.solve(vector, damping)
         if isinstance(damping, int | float) and damping <= 0:
             raise ValueError(f"Eigenpairs.power(damping) should be positive (C has low rank), not {damping}.")
         outside = jnp.float32(damping) ** exponent

@@ -61,6 +61,8 @@ class Diagonal(Curvature):
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
         """(C + damping I)^exponent v."""
+        if exponent == -1.0:
+            return self.solve(vector, damping)
         return jax.tree.map(lambda d, v: (d + damping) ** exponent * v, self.values, trees.float32(vector))
 
     def as_matrix(self) -> jax.Array:

@@ -182,13 +182,13 @@ def test_steps_are_those_of_the_algorithm(name):
         )
         updates, state = step(params, state, curvature, BATCH)
         assert fell
-        scale = np.abs(delta).max()
+        scale = np.abs(delta).max()  # measured 2e-5 of it, and 3e-5 in w: d and v are almost parallel at times
         np.testing.assert_allclose(flat(updates), delta, rtol=0, atol=1e-4 * scale)
         np.testing.assert_allclose([state.learning_rate, state.momentum], w, rtol=0, atol=1e-4)
         np.testing.assert_array_equal(flat(state.velocity), flat(updates))
         due = (count + 1) % every == 0
         if adaptive and (due or get("reject", None) is None):
-            np.testing.assert_allclose(state.reduction_ratio, rho, rtol=5e-3)
+            np.testing.assert_allclose(state.reduction_ratio, rho, rtol=5e-4)  # measured 3e-5
         if adaptive and due:
             assert min(abs(rho - 0.75), abs(rho - 0.25)) > 0.01  # or the test would hang on rounding
             lam = max(lam * omega**every if rho > 0.75 else lam / omega**every if rho < 0.25 else lam, low)
