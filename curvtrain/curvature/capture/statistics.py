@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.interpreters import partial_eval
 
 from curvtrain.curvature.capture.coverage import Coverage
 from curvtrain.curvature.capture.layers import EmbedLayer, Layer, MatrixLayer, NormLayer, PlainParameter
@@ -331,7 +332,8 @@ def collect(
       ({layer name: {statistic: (*stack, *shape)}}, W). A plain parameter has `D2` (1, size) whatever the statistic.
 
     Raises:
-      ValueError: a layer that is applied without the batch's axis of examples, so that its uses cannot be told apart.
+      ValueError: a layer that is applied without the batch's axis of examples, so that its uses cannot be told apart;
+        or whose parameters are used without calling it, so that a use would be missed.
     """
     given = given or {}
     examples = _examples_of_calls(objective, params, batch, key, coverage, who)
@@ -487,7 +489,11 @@ def _backward(pull, seeds):
 
 
 def _examples_of_calls(objective, params, batch, key, coverage, who):
-    """A function n -> {layer name: examples in the layer's input}, from two abstract runs of the model."""
+    """A function n -> {layer name: examples in the layer's input}, from two abstract runs of the model.
+
+    Raises ValueError where taps would miss something: a layer that is applied without the axis of examples, or whose
+    parameters are used without calling it.
+    """
     n = batch_size(batch)
     layers = {layer.path: layer for layer in coverage.known}
 
@@ -495,10 +501,20 @@ def _examples_of_calls(objective, params, batch, key, coverage, who):
         records = []
         fake = jax.tree.map(lambda a: jax.ShapeDtypeStruct((times * a.shape[0], *a.shape[1:]), a.dtype), batch)
         prepare = lambda module: records.append(record_calls(module, layers))
-        jax.eval_shape(lambda p, b: objective.predict(p, b, key, prepare=prepare), params, fake)
-        return records[0].calls
+        jaxpr = jax.make_jaxpr(lambda p, b: objective.predict(p, b, key, prepare=prepare))(params, fake)
+        return records[0].calls, jaxpr.jaxpr
 
-    once, twice = seen(1), seen(2)
+    (once, jaxpr), (twice, _) = seen(1), seen(2)
+    used = partial_eval.dce_jaxpr(jaxpr, True)[1]  # of the inputs, parameters first
+    for (path, _), outside in zip(jax.tree_util.tree_leaves_with_path(params), used, strict=False):
+        *owner, name = (k.key for k in path)
+        if outside and tuple(owner) in layers:
+            layer = layers[tuple(owner)]
+            raise ValueError(
+                f"{who}: the model uses the {name} of {layer.kind} {layer.name!r} without calling the layer, so a part "
+                f"of its statistics would be missed. Call it, or treat its parameters as plain ones "
+                f"({who}(plain={layer.name!r}))."
+            )
     mapped = set()
     for layer in coverage.known:
         kinds = set()

@@ -179,11 +179,20 @@ def _recording(cls: type) -> type:
             x = jnp.asarray(_bound(method, args, kwargs)[0])
             seen = Seen(x.shape, [])
             record.calls.setdefault(layer.name, []).append(seen)
-            return _probe(method(*args, **kwargs), x, seen)
+            return _probe(method(_without_parameters(args[0], layer), *args[1:], **kwargs), x, seen)
 
         return recording
 
     return _subclass(cls, "Recording", wrap)
+
+
+def _without_parameters(module: Any, layer: Layer) -> Any:
+    """A copy with zeros for parameters: what still depends on them then uses them outside of the layer."""
+    ghost: Any = nnx.clone(module)
+    for name, _ in layer.shapes:
+        variable = getattr(ghost, name)
+        variable.set_value(jnp.zeros(variable.shape, variable.dtype))
+    return ghost
 
 
 def _probe(y: jax.Array, x: jax.Array, seen: Seen) -> jax.Array:
@@ -203,7 +212,7 @@ def _probe(y: jax.Array, x: jax.Array, seen: Seen) -> jax.Array:
 
 
 def record_calls(module: nnx.Module, layers: Mapping[Path, Layer]) -> Record:
-    """Makes the modules at these paths record the shapes of their inputs, in place."""
+    """Makes the modules at these paths record the shapes of their inputs, in place; they compute with zeros."""
     record = Record()
     for path, m in _modules(module):
         if path in layers:
