@@ -5,7 +5,9 @@ counts every use as an example of its own. Symbols in `capture/layers.py`.
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
@@ -44,12 +46,12 @@ class Diagonal(Curvature):
     Attributes:
       values: float32, like the parameters.
       weight: float32 (): what the moving average has seen, a sum of powers of the decay; 0 before the first update.
-      failures: int32 (): batches whose statistics were not finite; they were left out.
+      skipped: int32 (): updates with statistics that were not finite, or of no example; nothing was absorbed.
     """
 
     values: PyTree
     weight: jax.Array = dataclasses.field(default_factory=lambda: jnp.float32(0))
-    failures: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
+    skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
 
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
@@ -69,13 +71,13 @@ class Diagonal(Curvature):
         return jnp.diag(ravel_pytree(self.values)[0])
 
     def telemetry(self) -> dict[str, jax.Array]:
-        """Largest and mean entry, and failures."""
+        """Largest and mean entry, and skipped updates."""
         leaves = jax.tree.leaves(self.values)
         largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
         return {
             "diagonal_max": largest,
             "diagonal_mean": jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in leaves])) / trees.size(self.values),
-            "failures": self.failures,
+            "skipped": self.skipped,
         }
 
 
@@ -88,13 +90,13 @@ class DiagonalFactors(Curvature):
       factors: for each matrix A (K, d_i) and G (K, d_o); for an embedding also the factors of its `attend`; for any
         other layer its diagonal D2 (K, ...).
       weight: what the moving averages have seen.
-      failures: batches whose statistics were not finite; they were left out.
+      skipped: updates with statistics that were not finite, or of no example; nothing was absorbed.
       coverage: which layer every parameter belongs to.
     """
 
     factors: dict[str, Arrays]
     weight: jax.Array
-    failures: jax.Array
+    skipped: jax.Array
     coverage: Coverage = dataclasses.field(metadata=dict(static=True))
 
     def diagonal(self) -> PyTree:
@@ -127,8 +129,8 @@ class DiagonalFactors(Curvature):
         return Diagonal(self.diagonal()).as_matrix()
 
     def telemetry(self) -> dict[str, jax.Array]:
-        """Largest and mean entry of the diagonal, and failures."""
-        return Diagonal(self.diagonal(), self.weight, self.failures).telemetry()
+        """Largest and mean entry of the diagonal, and skipped updates."""
+        return Diagonal(self.diagonal(), self.weight, self.skipped).telemetry()
 
 
 @jax.tree_util.register_dataclass
@@ -140,9 +142,9 @@ class Blocks(Curvature):
       blocks: for each layer, F (K, d, d); moving averages.
       vectors, values: their eigenvectors (K, d, d) as columns, and eigenvalues (K, d), of the last refresh.
       weight: what the moving averages have seen.
+      skipped: updates with statistics that were not finite, or of no example; nothing was absorbed.
       refreshes: so far.
-      failures: batches whose statistics were not finite, which were left out, and blocks whose eigenvectors were not:
-        the last ones were kept.
+      failures: blocks whose eigenvectors were not finite; the last ones were kept.
       coverage: which layer every parameter belongs to.
       unit: whether a block is that of a unit (an output, a channel), or of a whole matrix.
     """
@@ -151,6 +153,7 @@ class Blocks(Curvature):
     vectors: Arrays
     values: Arrays
     weight: jax.Array
+    skipped: jax.Array
     refreshes: jax.Array
     failures: jax.Array
     coverage: Coverage = dataclasses.field(metadata=dict(static=True))
@@ -174,9 +177,13 @@ class Blocks(Curvature):
         return as_matrix(self.matvec, like(self.coverage))
 
     def telemetry(self) -> dict[str, jax.Array]:
-        """Largest eigenvalue, refreshes and failures."""
-        largest = jnp.max(jnp.stack([jnp.max(value) for value in self.values.values()]))
-        return {"block_eigenvalue_max": largest, "refreshes": self.refreshes, "failures": self.failures}
+        """Largest eigenvalue, refreshes, failures and skipped updates."""
+        return {
+            "block_eigenvalue_max": jnp.max(jnp.stack([jnp.max(value) for value in self.values.values()])),
+            "refreshes": self.refreshes,
+            "failures": self.failures,
+            "skipped": self.skipped,
+        }
 
     def _in_basis(self, vector, function):
         def apply(name, x):
@@ -252,22 +259,24 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
 
     def collect(self, statistic: Statistic, coverage: Coverage, objective, params, batch, key):
         """({layer: {statistic: sum}}, W)."""
-        found, W = collect(objective, params, batch, key, coverage, statistic, self.fisher, who=self.name)
-        return found, safe(W)
+        return collect(objective, params, batch, key, coverage, statistic, self.fisher, who=self.name)
 
-    def absorb(self, curvature: C, name: str, new: PyTree) -> C:
+    def absorb(self, curvature: C, name: str, new: PyTree, W: jax.Array) -> C:
         """The curvature with one more batch in its debiased moving average, the field `name`: the first counts in full.
 
-        A batch that is not finite is left out, and counted.
+        A batch whose statistics are not finite, or that is all masked (W = 0), says nothing.
         """
         old: Any = getattr(curvature, name)
         new = jax.tree.map(lambda old, new: new.reshape(old.shape), old, new)
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)]))
-        seen = self.ema * curvature.weight + 1.0
-        average = jax.tree.map(lambda old, new: jnp.where(finite, old + (new - old) / seen, old), old, new)
-        weight = jnp.where(finite, seen, curvature.weight)
-        failures = curvature.failures + (~finite).astype(jnp.int32)
-        return dataclasses.replace(curvature, **{name: average}, weight=weight, failures=failures)
+        usable = functools.reduce(operator.and_, [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(new)], W > 0)
+        weight = self.ema * curvature.weight + 1.0
+        average = jax.tree.map(lambda old, new: jnp.where(usable, old + (new - old) / weight, old), old, new)
+        return dataclasses.replace(
+            curvature,
+            **{name: average},
+            weight=jnp.where(usable, weight, curvature.weight),
+            skipped=curvature.skipped + ~usable,
+        )
 
     def refresh(self, curvature: C, objective, params, batch, key, damping=None) -> C:
         return curvature
@@ -294,8 +303,10 @@ class DiagonalFisher(LayerEstimator[Diagonal]):
     def update(self, curvature: Diagonal, objective, params, batch, key) -> Diagonal:
         coverage = self.coverage(objective, params)
         found, W = self.collect(DiagonalStatistic(), coverage, objective, params, batch, key)
-        D = coverage.vector({layer.name: _stacked(found[layer.name]["D2"], layer) / W for layer in coverage.layers})
-        return self.absorb(curvature, "values", D)
+        D = coverage.vector(
+            {layer.name: _stacked(found[layer.name]["D2"], layer) / safe(W) for layer in coverage.layers}
+        )
+        return self.absorb(curvature, "values", D, W)
 
     def partition_specs(self, curvature, param_specs, mesh):
         return dataclasses.replace(super().partition_specs(curvature, param_specs, mesh), values=param_specs)
@@ -323,15 +334,15 @@ class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
         for layer in coverage.layers:
             x = found[layer.name]
             if isinstance(layer, NormLayer):
-                x = {"D2": jnp.moveaxis(jnp.diagonal(_stacked(x["F"], layer), axis1=1, axis2=2), -1, 1) / W}
+                x = {"D2": jnp.moveaxis(jnp.diagonal(_stacked(x["F"], layer), axis1=1, axis2=2), -1, 1) / safe(W)}
             elif isinstance(layer, PlainParameter):
-                x = {"D2": x["D2"] / W}
+                x = {"D2": x["D2"] / safe(W)}
             else:
                 rows = {"A": "rows", "counts": "rows", "A_head": "head_rows"}
                 names = curvature.factors[layer.name]
-                x = {name: x[name] / (_rows(x[rows[name]], x[name]) if name in rows else W) for name in names}
+                x = {name: x[name] / (_rows(x[rows[name]], x[name]) if name in rows else safe(W)) for name in names}
             factors[layer.name] = x
-        return self.absorb(curvature, "factors", factors)
+        return self.absorb(curvature, "factors", factors, W)
 
     @staticmethod
     def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -377,6 +388,7 @@ class _BlockEstimator(LayerEstimator[Blocks]):
             vectors={name: zero + jnp.eye(zero.shape[-1]) for name, zero in zeros.items()},
             values={name: jnp.zeros((count, d)) for name, (count, d) in sizes.items()},
             weight=jnp.float32(0),
+            skipped=jnp.int32(0),
             refreshes=jnp.int32(0),
             failures=jnp.int32(0),
             coverage=coverage,
@@ -414,12 +426,12 @@ class UnitWise(_BlockEstimator):
         new = {}
         for layer in curvature.coverage.layers:
             if isinstance(layer, PlainParameter):
-                new[layer.name] = found[layer.name]["D2"] / W
+                new[layer.name] = found[layer.name]["D2"] / safe(W)
             elif isinstance(layer, NormLayer):  # (..., p, p, C) → (..., C, p, p)
-                new[layer.name] = jnp.moveaxis(found[layer.name]["F"], -1, -3) / W
+                new[layer.name] = jnp.moveaxis(found[layer.name]["F"], -1, -3) / safe(W)
             else:
-                new[layer.name] = found[layer.name]["F"] / W
-        return self.absorb(curvature, "blocks", new)
+                new[layer.name] = found[layer.name]["F"] / safe(W)
+        return self.absorb(curvature, "blocks", new, W)
 
     def _size(self, layer):
         if isinstance(layer, MatrixLayer):
@@ -445,12 +457,13 @@ class FullBlock(_BlockEstimator):
     def update(self, curvature: Blocks, objective, params, batch, key) -> Blocks:
         coverage = curvature.coverage
         if self.fisher == "hessian":
-            return self.absorb(curvature, "blocks", _hessian_blocks(coverage, objective, params, batch, key))
+            W = objective.accumulate(lambda piece, k: objective.total(params, piece, k)[1], batch, key)
+            return self.absorb(curvature, "blocks", _hessian_blocks(coverage, objective, params, batch, key), W)
         found, W = self.collect(FullStatistic(), coverage, objective, params, batch, key)
         new = {}
         for layer in coverage.layers:
-            new[layer.name] = found[layer.name]["D2" if isinstance(layer, PlainParameter) else "F"] / W
-        return self.absorb(curvature, "blocks", new)
+            new[layer.name] = found[layer.name]["D2" if isinstance(layer, PlainParameter) else "F"] / safe(W)
+        return self.absorb(curvature, "blocks", new, W)
 
     def _size(self, layer):
         if isinstance(layer, PlainParameter):

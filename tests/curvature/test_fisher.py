@@ -412,20 +412,21 @@ def updated(estimators, curvatures, objective, params, batch):
     return {k: e.update(curvatures[k], objective, params, batch, KEY) for k, e in estimators}
 
 
-def test_a_batch_that_is_not_finite_is_left_out_and_counted():
+def test_a_batch_that_is_not_finite_or_all_masked_is_skipped_and_counted():
     case, (objective, params) = CASES["mlp, masked"], build(CASES["mlp, masked"])
-    of = tuple(estimators("empirical").items())
+    of = tuple((estimators("empirical") | {"hessian": FullBlock("hessian")}).items())
     good = updated(of, {k: e.init(objective, params) for k, e in of}, objective, params, batch_for(case))
-    bad = batch_for(case, 1)
-    bad["x"][0, 0] = np.nan
-    after = updated(of, good, objective, params, bad)
+    nan, empty = batch_for(case, 1), batch_for(case, 1)
+    nan["x"][0, 0] = np.nan
+    empty["mask"][:] = False
+    after = updated(of, updated(of, good, objective, params, nan), objective, params, empty)
     again = updated(of, after, objective, params, batch_for(case, 1))
-    for kind, field in AVERAGED.items():
+    for kind, field in (AVERAGED | {"hessian": "blocks"}).items():
         jax.tree.map(np.testing.assert_array_equal, getattr(after[kind], field), getattr(good[kind], field))
-        assert (good[kind].failures, after[kind].failures, after[kind].weight) == (0, 1, good[kind].weight)
-        assert after[kind].telemetry()["failures"] == 1
+        assert (good[kind].skipped, after[kind].skipped, after[kind].weight) == (0, 2, good[kind].weight)
+        assert after[kind].telemetry()["skipped"] == 2
         np.testing.assert_allclose(again[kind].weight, 1.95, rtol=1e-6)
-        assert again[kind].failures == 1
+        assert again[kind].skipped == 2
         new = jax.tree.leaves(getattr(again[kind], field))
         assert all(np.all(np.isfinite(leaf)) for leaf in new)
         assert not np.array_equal(new[0], jax.tree.leaves(getattr(good[kind], field))[0])
@@ -493,7 +494,7 @@ def test_specs_are_those_of_the_parameters():
     objective, params = build(CASES["mlp, masked"])
     specs = jax.tree.map(lambda p: PartitionSpec(None, "fsdp") if p.ndim == 2 else PartitionSpec("fsdp"), params)
     found = DiagonalFisher().partition_specs(DiagonalFisher().init(objective, params), specs, None)
-    assert found.values == specs and found.weight == found.failures == PartitionSpec()
+    assert found.values == specs and found.weight == found.skipped == PartitionSpec()
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
