@@ -869,6 +869,8 @@ def test_a_model_that_is_mapped_over_examples(vmap):
     batch = batch_of("softmax", True)
     for fisher in ("exact", "empirical"):
         assert_same(statistics(mapped, params, batch, fisher), statistics(objective, params, batch, fisher))
+    with pytest.raises(NotImplementedError, match="A mask or weights in a batch whose examples the model maps over"):
+        trace(mapped, params, batch | {"mask": np.arange(N) > 1}, cover(mapped, params, "KFAC"))
 
 
 class Convolutional(nnx.Module):

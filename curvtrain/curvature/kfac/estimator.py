@@ -50,7 +50,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
 
     Raises:
       TypeError, ValueError: when built with a bad argument; in `init` for an objective without outputs, and for
-        parameters that belong to no known layer.
+        parameters that belong to no known layer; in `update` for layers of which statistics would miss something:
+        called without the axis of examples, or parameters used without calling their layer.
     """
 
     fisher: str = "sampled"
