@@ -13,8 +13,8 @@ are weighted.
 In "sampled" and "empirical", the example of D_n is what the batch's leading axis counts: the positions of a sequence
 add up before anything is squared. For "sampled" their cross terms vanish in expectation.
 
-A layer that is called more than once for one example (a recurrent cell, a shared block) adds up its calls as if each were
-an example of its own, in every statistic: their cross terms are left out.
+A layer that is called more than once for one example (a recurrent cell, a shared block) adds up its calls as if each
+were an example of its own, in every statistic: their cross terms are left out.
 """
 
 import abc
