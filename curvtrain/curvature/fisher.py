@@ -16,7 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
-from curvtrain.curvature import trees
+from curvtrain.curvature import stacks, trees
 from curvtrain.curvature.base import Curvature, CurvatureEstimator
 from curvtrain.curvature.capture import FISHERS, Coverage, EmbedLayer, NormLayer, PlainParameter, collect, cover
 from curvtrain.curvature.capture.coverage import UNCOVERED
@@ -397,9 +397,8 @@ class _BlockEstimator(LayerEstimator[Blocks]):
 
     def refresh(self, curvature: Blocks, objective, params, batch, key, damping=None) -> Blocks:
         vectors, values, failures = {}, {}, curvature.failures
-        for name, F in curvature.blocks.items():
-            with trees.exact():
-                value, Q = jnp.linalg.eigh(0.5 * (F + jnp.swapaxes(F, 1, 2)))
+        found = stacks.in_turn(lambda _, F: stacks.eigh(F), curvature.blocks)
+        for name, (value, Q) in found.items():
             finite = jnp.all(jnp.isfinite(value), axis=1) & jnp.all(jnp.isfinite(Q), axis=(1, 2))
             vectors[name] = jnp.where(finite[:, None, None], Q, curvature.vectors[name])
             values[name] = jnp.where(finite[:, None], value, curvature.values[name])

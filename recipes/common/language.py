@@ -102,7 +102,9 @@ class Transformer(nnx.Module):
         time = tokens.shape[1]
         if time > self.length:
             raise ValueError(f"Transformer: {time} positions, but it was built with length={self.length}.")
-        x = self.dropout(self.embed(tokens) + self.position(jnp.arange(time))[None])
+        # positions with the batch's axis: what an example does to the table can then be told from another (K-FAC)
+        positions = jnp.broadcast_to(jnp.arange(time), tokens.shape)
+        x = self.dropout(self.embed(tokens) + self.position(positions))
         run = nnx.remat(_run_block) if self.remat else _run_block
         for block in self.blocks:
             x = run(block, x)

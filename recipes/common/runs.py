@@ -13,7 +13,7 @@ from curvtrain import curvature, optim
 from curvtrain.trainer import FitResult, read_jsonl
 
 OptimizerName = Literal[
-    "fosi_adam", "fosi_momentum", "fosi_nesterov", "fosi_sgd", "adam", "adamw", "momentum", "nesterov", "sgd"
+    "fosi_adam", "fosi_momentum", "fosi_nesterov", "fosi_sgd", "kfac", "adam", "adamw", "momentum", "nesterov", "sgd"
 ]
 
 BASES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
@@ -31,13 +31,20 @@ class RunOptions:
     """Options that every recipe has.
 
     Attributes:
-      optimizer: a base optimizer, or FOSI over it.
-      learning_rate: of the base optimizer; None is the one that was tuned for it (see the recipe).
+      optimizer: a base optimizer, FOSI over it, or K-FAC.
+      learning_rate: of the base optimizer, or of K-FAC; None is the one that was tuned for it (see the recipe).
       alpha: rate of FOSI's Newton part.
-      k: number of eigenpairs.
-      refresh_every: steps between refreshes of the eigenpairs.
-      curvature_batch: examples that a refresh sees, a multiple of batch_size; None is the training batch.
-      compare: after a FOSI run, train its base optimizer for as many steps, and print both.
+      k: number of FOSI's eigenpairs.
+      curvature_batch: examples that a refresh of FOSI sees, a multiple of batch_size; None is the training batch.
+      fisher: of K-FAC: which gradients its factors are made of.
+      inverse: of K-FAC: how its factors are inverted.
+      weight_sharing: of K-FAC: what it does with several positions of one example.
+      damping: of K-FAC; None adapts it.
+      momentum: of K-FAC; None adapts it.
+      l2: of K-FAC: coefficient of a penalty l2/2 |parameters|^2.
+      update_every: steps between two statistics of K-FAC.
+      refresh_every: steps between refreshes: eigenpairs (100 unless given) or inverses (5, after ten first steps of one).
+      compare: after a FOSI run, train its base optimizer for as many steps, after K-FAC AdamW, and print both.
       steps: optimizer steps.
       batch_size: examples per step.
       seed: of initialisation, data order and estimators.
@@ -56,8 +63,15 @@ class RunOptions:
     learning_rate: float | None = None
     alpha: float = 0.1
     k: int = 10
-    refresh_every: int = 100
     curvature_batch: int | None = None
+    fisher: Literal["exact", "sampled", "empirical"] = "sampled"
+    inverse: Literal["cholesky", "eigh", "ekfac"] = "cholesky"
+    weight_sharing: Literal["expand", "reduce"] = "expand"
+    damping: float | None = None
+    momentum: float | None = None
+    l2: float = 0.0
+    update_every: int = 1
+    refresh_every: int | None = None
     compare: bool = True
     steps: int = 300
     batch_size: int = 128
@@ -100,30 +114,28 @@ def parse_mesh(text: str) -> dict[str, int]:
 MakeTrainer = Callable[..., curvtrain.Trainer]  # (config, optimizer=, curvature=, schedule=) -> Trainer
 
 
-def run(options: RunOptions, rates: Mapping[str, float], make_trainer: MakeTrainer) -> dict[str, FitResult]:
+def run(options: RunOptions, rates: Mapping[str, float | None], make_trainer: MakeTrainer) -> dict[str, FitResult]:
     """Trains with the optimizer asked for, and with its base if `options.compare`; prints and draws the comparison.
 
     Args:
       options: of the recipe.
-      rates: the tuned learning rate of every optimizer.
+      rates: the tuned learning rate of every optimizer; None, or no entry, is an adaptive one of K-FAC.
       make_trainer: `(config, optimizer=, curvature=, schedule=) -> Trainer`.
 
     Returns:
       The results by optimizer.
     """
     names = [options.optimizer]
-    if options.compare and options.optimizer.startswith("fosi_"):
-        names.append(options.optimizer.removeprefix("fosi_"))
+    if options.compare and (options.optimizer == "kfac" or options.optimizer.startswith("fosi_")):
+        names.append("adamw" if options.optimizer == "kfac" else options.optimizer.removeprefix("fosi_"))
     results = {}
     for name in names:
-        rate = rates[name] if options.learning_rate is None else options.learning_rate
-        trainer = make_trainer(
-            options.config(name), **second_order(options, name, BASES[name.removeprefix("fosi_")](rate))
-        )
+        rate = rates.get(name) if options.learning_rate is None or name != options.optimizer else options.learning_rate
+        trainer = make_trainer(options.config(name), **second_order(options, name, rate))
         if options.dry_run:
             print(f"{name}: {trainer.dry_run()}\n")
             continue
-        print(f"--- {name}, learning rate {rate:g}, {options.steps} steps")
+        print(f"--- {name}, learning rate {'adaptive' if rate is None else f'{rate:g}'}, {options.steps} steps")
         results[name] = trainer.fit()
     if results:
         print(f"\n{_table(options, results)}")
@@ -131,16 +143,33 @@ def run(options: RunOptions, rates: Mapping[str, float], make_trainer: MakeTrain
     return results
 
 
-def second_order(options: RunOptions, name: str, base: optax.GradientTransformation) -> dict[str, Any]:
-    """The optimizer of a name over its base, with the curvature that it consumes: keywords of a Trainer."""
+def second_order(options: RunOptions, name: str, rate: float | None) -> dict[str, Any]:
+    """The optimizer of a name, with the curvature that it consumes: keywords of a Trainer."""
+    if name == "kfac":
+        given = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
+        every = options.refresh_every or 5
+        return dict(
+            optimizer=optim.kfac(
+                **{option: value for option, value in given.items() if value is not None}, l2=options.l2
+            ),
+            curvature=curvature.KFAC(options.fisher, options.weight_sharing, options.inverse, uncovered="diagonal"),
+            schedule=curvtrain.CurvatureSchedule(
+                update_every=options.update_every,
+                refresh_every=lambda step: 1 if step < 10 else every,  # the factors change fastest in the first steps
+            ),
+        )
+    if rate is None:
+        raise ValueError(f"{name} needs a learning rate.")
+    base = BASES[name.removeprefix("fosi_")](rate)
     if not name.startswith("fosi_"):
         return dict(optimizer=base)
+    every = options.refresh_every or 100
     return dict(
         optimizer=optim.fosi(base, alpha=options.alpha, momentum=MOMENTUM[name.removeprefix("fosi_")]),
         curvature=curvature.Lanczos(k=options.k),
         schedule=curvtrain.CurvatureSchedule(
-            refresh_every=options.refresh_every,
-            start=min(options.refresh_every, 20),  # the first steps change the curvature too fast to be worth a refresh
+            refresh_every=every,
+            start=min(every, 20),  # the first steps change the curvature too fast to be worth a refresh
             batch_size=options.curvature_batch,
         ),
     )

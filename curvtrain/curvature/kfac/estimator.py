@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
-from curvtrain.curvature import trees
+from curvtrain.curvature import stacks, trees
 from curvtrain.curvature.base import CurvatureEstimator
 from curvtrain.curvature.capture import FISHERS, Coverage, EmbedLayer, NormLayer, collect, cover
 from curvtrain.curvature.capture.coverage import UNCOVERED
@@ -185,7 +185,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             inverses, failures = c.damped_inverses(damping)
             new: dict[str, Any] = {"inverses": inverses}
         else:
-            found = {size: eigh(X) for size, X in c.factors.items()}
+            found = stacks.in_turn(lambda _, X: _positive(*stacks.eigh(X)), c.factors)
             cached = {size: (c.values[size], c.vectors[size]) for size in found}
             found, failures = kf.keep_finite(found, cached)
             values = {size: pair[0] for size, pair in found.items()}
@@ -196,7 +196,9 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                     alpha, gamma = c.pair(values, layer.name)
                     seeds[layer.name] = alpha[:, :, None] * gamma[:, None, :]
                 new |= {"scales": seeds, "scale_weight": jnp.float32(1)}
-        bases, more = kf.keep_finite({name: _basis(e) for name, e in c.embeddings.items()}, c.bases)
+        mixed = {name: _mixed(e) for name, e in c.embeddings.items()}
+        eigen = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=new)
+        bases, more = kf.keep_finite({name: _basis(e, eigen[name]) for name, e in c.embeddings.items()}, c.bases)
         failures += c.failures + more
         return dataclasses.replace(c, **new, bases=bases, damping=damping, refreshes=c.refreshes + 1, failures=failures)
 
@@ -231,19 +233,20 @@ def norm_blocks(F: jax.Array, layer: NormLayer) -> jax.Array:
     return jnp.moveaxis(F, 3, 1).reshape(-1, layer.units, layer.units)
 
 
-def _basis(e: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What `KroneckerFactors.bases` says of an embedding: of a tied one, a compromise between its two matrices."""
-    mix = _unit_trace(e["G"]) + jnp.where(jnp.any(e["G_head"] > 0), _unit_trace(e["A_head"]), 0.0)
-    _, Q = eigh(mix)
+def _mixed(e: dict[str, jax.Array]) -> jax.Array:
+    """The matrix whose eigenvectors are an embedding's basis: of a tied one, a compromise between its two."""
+    return _unit_trace(e["G"]) + jnp.where(jnp.any(e["G_head"] > 0), _unit_trace(e["A_head"]), 0.0)
+
+
+def _basis(e: dict[str, jax.Array], Q: jax.Array) -> dict[str, jax.Array]:
+    """What `KroneckerFactors.bases` says of an embedding."""
     diagonal = lambda X: jnp.maximum(jnp.einsum("kij,kij->kj", Q, X @ Q), 0.0)
     with trees.exact():
         return {"Q": Q, "G": diagonal(e["G"]), "A_head": diagonal(e["A_head"])}
 
 
-def eigh(X: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues, clipped at zero, and eigenvectors of a stack of positive semi-definite matrices."""
-    with trees.exact():
-        values, Q = jnp.linalg.eigh(0.5 * (X + jnp.swapaxes(X, -1, -2)))
+def _positive(values: jax.Array, Q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues of a positive semi-definite matrix, without what rounding made negative."""
     return jnp.maximum(values, 0.0), Q
 
 

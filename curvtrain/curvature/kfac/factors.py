@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from curvtrain.curvature import trees
+from curvtrain.curvature import stacks, trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.capture import Coverage, EmbedLayer, NormLayer, PlainParameter
 from curvtrain.curvature.capture.layers import Layer, MatrixLayer
@@ -143,7 +143,7 @@ class KroneckerFactors(Curvature):
             pi = self.pi(name)
             shifts[a].append(pi * root)
             shifts[g].append(root / pi)
-        new = {size: _inverse(X, jnp.concatenate(shifts[size])) for size, X in self.factors.items()}
+        new = stacks.in_turn(lambda size, X: stacks.inverse(X, jnp.concatenate(shifts[size])), self.factors)
         return keep_finite(new, self.inverses)
 
     # -- as a matrix ---------------------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ class KroneckerFactors(Curvature):
             A, G = self.pair(self.factors, layer.name)
             return A @ M @ G
 
-        def unit(block, x):
-            return jnp.einsum("upq,uq->up", block, x)
+        def unit(name, x):
+            return jnp.einsum("upq,uq->up", self.norms[name], x)
 
         return self._map(vector, matrix, self._embedding_matvec, unit, lambda d, x: d * x)
 
@@ -184,7 +184,7 @@ class KroneckerFactors(Curvature):
             vector,
             matrix,
             functools.partial(self._embedding_solve, damping=damping),
-            lambda block, x: _solve_small(block, x, damping),
+            lambda name, x: _solve_small(self.norms[name], x, damping),
             lambda d, x: x / (d + damping),
         )
 
@@ -204,8 +204,10 @@ class KroneckerFactors(Curvature):
         power = lambda C: (jnp.maximum(C, 0.0) + damping) ** exponent
         matrix = lambda layer, M: self._in_basis(layer, M, power)
 
-        def unit(block, x):
-            values, Q = jnp.linalg.eigh(block)
+        eigen = stacks.in_turn(lambda _, F: stacks.eigh(F), self.norms)
+
+        def unit(name, x):
+            values, Q = eigen[name]
             return jnp.einsum("upq,uq->up", Q, power(values) * jnp.einsum("uqp,uq->up", Q, x))
 
         return self._map(
@@ -247,7 +249,7 @@ class KroneckerFactors(Curvature):
                 elif isinstance(layer, EmbedLayer):
                     found[name] = embedding(layer, M)
                 elif isinstance(layer, NormLayer):
-                    found[name] = from_units(unit(self.norms[name], to_units(M)), M.shape)
+                    found[name] = from_units(unit(name, to_units(M)), M.shape)
                 else:
                     assert isinstance(layer, PlainParameter)
                     found[name] = plain(self.plain[name], M)
@@ -316,16 +318,6 @@ def _t(Q: jax.Array) -> jax.Array:
 
 def _rotate(left: jax.Array, M: jax.Array, right: jax.Array) -> jax.Array:
     return left @ M @ right
-
-
-def _inverse(X: jax.Array, shift: jax.Array) -> jax.Array:
-    """(X + shift I)^-1 of a stack of positive semi-definite matrices, by Cholesky."""
-    d = X.shape[-1]
-    damped = 0.5 * (X + _t(X)) + shift[:, None, None] * jnp.eye(d, dtype=X.dtype)
-    with trees.exact():
-        L = jnp.linalg.cholesky(damped)
-        half = jax.scipy.linalg.solve_triangular(L, jnp.broadcast_to(jnp.eye(d, dtype=X.dtype), X.shape), lower=True)
-        return _t(half) @ half
 
 
 def _solve_small(block: jax.Array, x: jax.Array, damping: jax.Array | float) -> jax.Array:

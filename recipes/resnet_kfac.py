@@ -1,0 +1,28 @@
+"""A CIFAR-style ResNet with K-FAC: Kronecker factors of the Fisher, with unit-wise blocks for batch normalisation.
+
+python recipes/resnet_kfac.py                                    # digits, which come with scikit-learn
+python recipes/resnet_kfac.py --weight-sharing reduce --inverse ekfac
+python recipes/resnet_kfac.py --dataset cifar10 --data-folder ~/data --depth 20 --steps 20000
+
+The model, the data and the other optimizers are those of resnet_fosi.py.
+"""
+
+import dataclasses
+
+import tyro
+
+from common.runs import OptimizerName
+from resnet_fosi import Options as ResNetOptions
+from resnet_fosi import main
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(ResNetOptions):
+    """Options of resnet_fosi.py, with other defaults."""
+
+    optimizer: OptimizerName = "kfac"
+    workdir: str = "runs/resnet_kfac"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
