@@ -1,8 +1,8 @@
 """Batched factorisations of several stacks of matrices, one stack after another.
 
 jaxlib's batched LAPACK kernels (0.10.2, CPU) wait for their parts on the thread pool that they run on themselves: as
-many of them at once as the pool has threads wait for each other for ever. So each stack depends on the result of the one
-before. On an accelerator, where kernels of one stream run in turn anyway, that costs nothing.
+many of them at once as the pool has threads wait for each other for ever. So each stack depends on the result of the
+one before. On an accelerator, where kernels of one stream run in turn anyway, that costs nothing.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ PyTree = Any
 def in_turn(
     function: Callable[[str, jax.Array], PyTree], stacks: Mapping[str, jax.Array], after: PyTree = ()
 ) -> dict[str, Any]:
-    """{name: function(name, stack)}, each stack only once that of the one before is done; the first, once `after` is."""
+    """{name: function(name, stack)}, each stack only once the one before is done; the first, once `after` is."""
     found, before = {}, after
     for name, stack in stacks.items():
         before = found[name] = function(name, stack + _zero_of(before))

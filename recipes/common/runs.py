@@ -43,7 +43,8 @@ class RunOptions:
       momentum: of K-FAC; None adapts it.
       l2: of K-FAC: coefficient of a penalty l2/2 |parameters|^2.
       update_every: steps between two statistics of K-FAC.
-      refresh_every: steps between refreshes: eigenpairs (100 unless given) or inverses (5, after ten first steps of one).
+      refresh_every: steps between refreshes of eigenpairs (100 unless given) or of K-FAC's inverses (5 unless given,
+        after ten first steps of one).
       compare: after a FOSI run, train its base optimizer for as many steps, after K-FAC AdamW, and print both.
       steps: optimizer steps.
       batch_size: examples per step.
@@ -208,7 +209,8 @@ def _draw(options: RunOptions, names: list[str]) -> None:
                 *zip(*points, strict=True), marker=".", linestyle=":", label=f"{name}, smallest of {options.k}"
             )
     for axis in axes:
-        axis.legend()
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend()
         axis.grid(alpha=0.3)
     path = os.path.join(options.workdir, "comparison.png")
     figure.savefig(path, dpi=120)
