@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 FLAGS = {
     "xla_force_host_platform_device_count": "8",
     "xla_backend_optimization_level": "0",  # tests spend their time in the compiler: this halves it
@@ -11,3 +13,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 given = os.environ.get("XLA_FLAGS", "")
 missing = [f"--{name}={value}" for name, value in FLAGS.items() if name not in given]
 os.environ["XLA_FLAGS"] = " ".join([given, *missing])
+
+
+@pytest.fixture(scope="module")
+def quick_compile():
+    """Programs that are compiled in half the time and run slower: for tests that run few steps of tiny models."""
+    import jax  # not before the flags are set
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -1,0 +1,265 @@
+"""What every estimator and every optimizer promises, over all of them (see `cases.py`)."""
+
+import functools
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from cases import CASES, OPTIMIZERS
+from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
+from jax.flatten_util import ravel_pytree
+from jax.sharding import NamedSharding, PartitionSpec
+
+from curvtrain import CurvatureSchedule, Objective, losses
+from curvtrain.curvature import Eigenpairs, KroneckerFactors
+from curvtrain.curvature.base import damping_hint
+from curvtrain.trainer import sharding
+from tests.trainer import tiny
+
+KEY = jax.random.key(1)
+
+
+class Normed(nnx.Module):
+    """Two layers and a LayerNorm, over a short sequence whose mean is classified."""
+
+    def __init__(self, rngs):
+        self.inner, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
+        self.outer = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.outer(nnx.tanh(self.norm(self.inner(x))).mean(1))
+
+
+@functools.cache
+def build():
+    predict = lambda model, batch: model(batch["x"])
+    return Objective.from_model(Normed(nnx.Rngs(0)), predict, losses.SoftmaxCrossEntropy())
+
+
+def batch_for(seed):
+    rng = np.random.default_rng(seed)
+    return {"x": rng.normal(size=(8, 2, 3)).astype(np.float32), "label": rng.integers(0, 3, 8).astype(np.int32)}
+
+
+def shapes(tree):
+    return jax.tree.map(lambda a: (a.shape, str(a.dtype)), tree)
+
+
+def close(ours, reference, tolerance=1e-6):
+    np.testing.assert_allclose(ours, reference, rtol=0, atol=tolerance * np.abs(reference).max())
+
+
+# -- estimators --------------------------------------------------------------------------------------------------------
+
+
+class Life:
+    """Three updates and refreshes of an estimator in one donating program."""
+
+    def __init__(self, estimator):
+        objective, self.params = build()
+        self.estimator, self.traces = estimator, 0
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def advance(curvature, params, batch, damping):
+            self.traces += 1
+            curvature = estimator.update(curvature, objective, params, batch, KEY)
+            return estimator.refresh(curvature, objective, params, batch, KEY, damping)
+
+        self.advance = advance
+        self.first = estimator.init(objective, self.params)
+        self.curvature = self.live(self.params)
+
+    def live(self, params):
+        curvature = jax.tree.map(jnp.copy, self.first)
+        for seed in range(3):
+            curvature = self.advance(curvature, params, batch_for(seed), jnp.float32(0.1))
+            assert shapes(curvature) == shapes(self.first)
+        return curvature
+
+
+def has_one_structure_and_one_trace(life):
+    """That of `init` under `eval_shape`: a checkpoint can be restored, and a step carries the state."""
+    (objective, params), estimator = build(), life.estimator
+    abstract = jax.eval_shape(estimator.init, objective, params)
+    assert shapes(abstract) == shapes(life.first) and jax.tree.leaves(abstract)
+    assert jax.tree.structure(abstract) == jax.tree.structure(life.first) == jax.tree.structure(life.curvature)
+    assert life.traces == 1
+    floats = [leaf for leaf in jax.tree.leaves(life.curvature) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert floats and all(leaf.dtype == jnp.float32 and np.all(np.isfinite(leaf)) for leaf in floats)
+
+
+def is_the_matrix_that_it_says(life, dampings, inexact):
+    """matvec = C v, and solve = (C + damping I)^-1 v for any damping, announced to a refresh or not."""
+    flat, unravel = ravel_pytree(life.params)
+    v = np.random.default_rng(0).normal(size=flat.size).astype(np.float32)
+
+    @jax.jit
+    def of(c, v):
+        solve = lambda damping: ravel_pytree(c.solve(v, damping))[0]
+        return c.as_matrix(), ravel_pytree(c.matvec(v))[0], [solve(damping) for damping in dampings]
+
+    C, product, solved = jax.tree.map(lambda a: np.asarray(a, np.float64), of(life.curvature, unravel(jnp.asarray(v))))
+    assert np.abs(C).max() > 0
+    close(C, C.T)
+    close(product, C @ v)
+    for damping, ours in zip(dampings, solved, strict=True):
+        assert np.all(np.isfinite(ours)) and np.any(ours != 0)
+        if not inexact:
+            relative = np.abs(np.linalg.eigvalsh(C)).max() / damping  # what float32 makes of the smallest eigenvalues
+            close(ours, np.linalg.solve(C + damping * np.eye(len(C)), v), 1e-6 * max(1, relative))
+
+
+def is_zero_before_any_data(life):
+    """An optimizer can be called before the first refresh."""
+    for damping in (0.5, jnp.float32(0.5)):
+        got = life.first.solve(life.params, damping)
+        jax.tree.map(lambda g, p: np.testing.assert_allclose(g, 2 * p, rtol=1e-6), got, life.params)
+    jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), life.first.matvec(life.params))
+
+
+def tells_scalars(life):
+    told = life.curvature.telemetry()
+    assert told and told.keys() == life.first.telemetry().keys()
+    assert all(isinstance(name, str) and jnp.shape(value) == () for name, value in told.items())
+    assert all(np.isfinite(value) for value in told.values())
+
+
+def has_specs_of_its_structure(life):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.tree.map(lambda p: PartitionSpec(*([None] * (p.ndim - 1)), "fsdp"), life.params)
+    found = life.estimator.partition_specs(life.first, specs, mesh)
+    is_spec = lambda s: isinstance(s, PartitionSpec)
+    assert jax.tree.structure(found, is_leaf=is_spec) == jax.tree.structure(life.first)
+    for spec, leaf in zip(jax.tree.leaves(found, is_leaf=is_spec), jax.tree.leaves(life.first), strict=True):
+        assert is_spec(spec) and len(spec) <= leaf.ndim
+
+
+def reads_bfloat16_exactly(life):
+    """Parameters in bfloat16, here of layers that compute in float32, give what the same numbers in float32 give."""
+    low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), life.params)
+    same = jax.tree.map(lambda p: p.astype(jnp.float32), low)
+    ours, theirs = life.live(low), life.live(same)
+    solved = [jax.tree.map(lambda a: np.asarray(a), c.solve(low, 5.0)) for c in (ours, theirs)]
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(solved))
+    close(*(np.asarray(ravel_pytree(s)[0]) for s in solved))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_estimator(name):
+    case = CASES[name]
+    life = Life(case.estimator)
+    has_one_structure_and_one_trace(life)
+    is_the_matrix_that_it_says(life, case.dampings, case.inexact)
+    is_zero_before_any_data(life)
+    tells_scalars(life)
+    has_specs_of_its_structure(life)
+    reads_bfloat16_exactly(life)
+
+
+# -- optimizers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer(name):
+    """One structure and one trace over several steps; any extra argument; updates in the parameters' dtypes."""
+    make, estimator = OPTIMIZERS[name]
+    objective, params = build()
+    params = {**params, "inner": jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["inner"])}
+    tx, traces = optax.with_extra_args_support(make()), 0
+    curvature = estimator.init(objective, params)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(params, state, batch):
+        nonlocal traces
+        traces += 1
+        value, grads, _, _ = objective.value_and_grad(params, batch)
+        extra = dict(objective=objective, batch=batch, key=KEY, value=value, grad=grads, anything="goes")
+        return tx.update(grads, state, params, curvature=curvature, **extra)
+
+    state = tx.init(params)
+    first, dtypes = shapes(jax.eval_shape(tx.init, params)), shapes(params)
+    assert shapes(state) == first
+    for seed in range(3):
+        updates, state = step(params, state, batch_for(seed))
+        assert shapes(state) == first and shapes(updates) == dtypes
+        assert all(np.all(np.isfinite(u.astype(jnp.float32))) for u in jax.tree.leaves(updates))
+        params = optax.apply_updates(params, updates)
+    assert traces == 1
+
+
+# -- in a Trainer ------------------------------------------------------------------------------------------------------
+
+
+def train(name, workdir, **options):
+    case = CASES[name]
+    return tiny.trainer(
+        optimizer=case.optimizer(),
+        curvature=case.estimator,
+        schedule=CurvatureSchedule(update_every=1, refresh_every=2),
+        workdir=workdir,
+        save_every=3,
+        log_every=1,
+        mesh={"data": 2, "fsdp": 4},
+        sharding="fsdp",
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled_once(quick_compile, tmp_path_factory):
+    """A cache of compiled programs, for the second of two equal trainers."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
+def bits(tree):
+    raw = lambda a: jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(raw(leaf)).tobytes() for path, leaf in found}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.usefixtures("compiled_once")
+def test_trains_on_eight_devices_and_resumes_bit_by_bit(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(sharding, "SMALLEST", 1)  # split these small kernels too
+    whole = train(name, tmp_path / "whole", steps=6)
+    result = whole.fit()
+    state = whole.state
+    split = state.params["inner"]["kernel"].sharding
+    assert split.spec == PartitionSpec(None, "fsdp")
+    specs = jax.tree.map(lambda p: p.sharding.spec, state.params)
+    expected = CASES[name].estimator.partition_specs(state.curvature, specs, split.mesh)
+    expected = sharding.named(split.mesh, expected)
+    same = lambda a, s: isinstance(a.sharding, NamedSharding) and a.sharding.is_equivalent_to(s, a.ndim)
+    assert all(jax.tree.leaves(jax.tree.map(same, state.curvature, expected)))
+    values = tiny.losses_of(result)
+    assert np.all(np.isfinite(values)) and values[-2:].mean() < values[:2].mean()
+    told = {n for row in result.history for n in row if n.startswith("curvature/")}
+    assert told == {f"curvature/{n}" for n in state.curvature.telemetry()}
+    hint = damping_hint(state.opt_state)
+    if isinstance(state.curvature, KroneckerFactors):
+        assert hint is not None and np.isfinite(state.curvature.damping)
+    if isinstance(state.curvature, Eigenpairs):
+        assert np.any(state.curvature.converged)
+
+    (tmp_path / "parts").mkdir()
+    shutil.copytree(tmp_path / "whole" / "3", tmp_path / "parts" / "3")
+    parts = train(name, tmp_path / "parts", steps=6)
+    again = parts.fit()
+    assert [row["step"] for row in again.history if "train/loss" in row] == [4, 5, 6]
+    ours, theirs = bits(parts.state), bits(state)
+    assert [path for path in theirs if ours[path] != theirs[path]] == [] and set(ours) == set(theirs)
