@@ -61,5 +61,6 @@ OPTIMIZERS = {
     "fosi": (lambda: optim.fosi(optax.adam(0.1)), Lanczos(k=2)),
     "kfac": (kfac, KFAC()),
     "kfac, fixed": (lambda: optim.kfac(0.1, 0.9, 0.1, norm_constraint=1e-3), DiagonalFisher()),
+    "natural_gradient": (lambda: optim.natural_gradient(0.1, momentum=0.9, l2=1e-3, lars=True), UnitWise()),
     "scale_by_curvature": (by_curvature, UnitWise()),
 }

@@ -127,6 +127,8 @@ def natural_gradient(
     decayed_weights = optax.add_decayed_weights(weight_decay, mask)
 
     def init(params):
+        if mask is not None:
+            _check_mask_fits(mask, params)
         return NaturalGradientState(
             count=jnp.int32(0),
             velocity=trees.zeros(params) if has_momentum else None,
@@ -189,6 +191,17 @@ def _check_mask(mask: Any, weight_decay: float) -> None:
         )
     if not weight_decay:
         raise ValueError("natural_gradient(mask) says what weight_decay is for; give a weight_decay, or no mask.")
+
+
+def _check_mask_fits(mask: Any, params: PyTree) -> None:
+    tree = mask(params) if callable(mask) else mask
+    try:
+        jax.tree.map(lambda m, p: None, tree, params)
+    except ValueError as error:
+        raise ValueError(
+            f"natural_gradient(mask) should be like the parameters, {jax.tree.structure(params)}, or a prefix of them, "
+            f"not {jax.tree.structure(tree)}."
+        ) from error
 
 
 def _check_first_rate(learning_rate: optax.ScalarOrSchedule) -> None:

@@ -384,3 +384,11 @@ def test_what_an_update_needs():
         tx.update(GRADS, state, PARAMS)
     with pytest.raises(TypeError, match=r"natural_gradient.update\(curvature=\) should be Curvature, not DiagonalFish"):
         tx.update(GRADS, state, PARAMS, curvature=DiagonalFisher())
+
+
+@pytest.mark.parametrize("mask", [{"kernel": True}, lambda params: {"kernel": True}], ids=["tree", "function"])
+def test_a_mask_of_other_parameters(mask):
+    with pytest.raises(
+        ValueError, match=r"natural_gradient\(mask\) should be like the parameters, .*'small'.*, not Py"
+    ):
+        optim.natural_gradient(0.1, weight_decay=0.1, mask=mask).init(PARAMS)
