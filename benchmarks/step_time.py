@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py                      # prints a table, writes benchmarks/results/step_time.json
 
-Three questions, each answered by alternating the two things compared, chunk by chunk, so that whatever else the machine
+Four questions, each answered by alternating the two things compared, chunk by chunk, so that whatever else the machine
 does hits both:
 
 1. *Trainer*: a `Trainer.fit` step against a hand-written `jax.jit` loop of the same model, optimizer, data and metrics;
@@ -10,6 +10,8 @@ does hits both:
 2. *FOSI*: T steps with one warm refresh of 22 products, against T steps of its base optimizer Adam, on an MLP of 85k
    parameters at batch 256, k = 10, T = 300 and 100.
 3. *Refresh*: one warm refresh against as many Hessian-vector products in a compiled loop of nothing else.
+4. *K-FAC*: steps with statistics in every one and inverses in every fifth, against Adam's, on the same MLP, for the
+   sampled and for the empirical Fisher, at given learning rate, momentum and damping.
 """
 
 import argparse
@@ -191,6 +193,31 @@ def fosi_against_adam(sizes: list[int], batch_size: int, period: int, rounds: in
     }
 
 
+def kfac_against_adam(sizes: list[int], batch_size: int, fisher: str, period: int, rounds: int) -> dict[str, float]:
+    """Medians in ms of K-FAC's step, with statistics in all and inverses in one of `period`, and of Adam's."""
+    adam = Stepper(plan_of(sizes, batch_size, optax.adam(1e-3)))
+    tx = optim.kfac(1e-3, 0.9, 1e-2)
+    kfac = Stepper(plan_of(sizes, batch_size, tx, curvature.KFAC(fisher)))
+    plain, both = Kind(update=True), Kind(update=True, refresh=True)
+    cycles = max(1, 50 // period)
+    adam(Kind(), 20), kfac(both), kfac(plain, 20)  # compile
+    times: dict[str, list[float]] = {"kfac": [], "adam": [], "refresh": []}
+    for _ in range(rounds):
+        spent = []
+        for _ in range(cycles):
+            times["refresh"].append(kfac(both))
+            spent.append(times["refresh"][-1] + kfac(plain, period - 1))
+        times["kfac"].append(sum(spent))
+        times["adam"].append(adam(Kind(), cycles * period))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "kfac_step_ms": 1e3 * medians["kfac"] / (cycles * period),
+        "adam_step_ms": 1e3 * medians["adam"] / (cycles * period),
+        "step_with_inverses_ms": 1e3 * medians["refresh"],
+        "ratio": medians["kfac"] / medians["adam"],
+    }
+
+
 def refresh_against_hvps(sizes: list[int], batch_size: int, rounds: int) -> dict[str, float]:
     """Medians in ms of a warm refresh, and of as many Hessian-vector products in a loop."""
     plan = plan_of(sizes, batch_size, optax.adam(1e-3))
@@ -241,6 +268,8 @@ def main() -> None:
         "FOSI / Adam, refresh every 300": lambda: fosi_against_adam(mlp, 256, 300, args.rounds),
         "FOSI / Adam, refresh every 100": lambda: fosi_against_adam(mlp, 256, 100, args.rounds),
         "refresh / its products": lambda: refresh_against_hvps(mlp, 256, 2 * args.rounds),
+        "K-FAC (sampled) / Adam, inverses every 5": lambda: kfac_against_adam(mlp, 256, "sampled", 5, args.rounds),
+        "K-FAC (empirical) / Adam, inverses every 5": lambda: kfac_against_adam(mlp, 256, "empirical", 5, args.rounds),
     }
     results = {}
     for name, measure in cases.items():

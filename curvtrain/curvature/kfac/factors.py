@@ -169,24 +169,28 @@ class KroneckerFactors(Curvature):
         Uses what the last refresh factorised; "cholesky", with another damping than it was made for, factorises again.
         """
         damping = jnp.float32(damping)
-        if self.inverse == "cholesky":
-            inverses = jax.lax.cond(
-                damping == self.damping, lambda: self.inverses, lambda: self.damped_inverses(damping)[0]
+
+        def with_inverses(inverses):
+            def matrix(layer, M):
+                if self.inverse == "cholesky":
+                    A, G = self.pair(inverses, layer.name)
+                    return _rotate(A, M, G)
+                return self._in_basis(layer, M, lambda C: 1.0 / (C + damping))
+
+            return self._map(
+                vector,
+                matrix,
+                functools.partial(self._embedding_solve, damping=damping),
+                lambda name, x: _solve_small(self.norms[name], x, damping),
+                lambda d, x: x / (d + damping),
             )
 
-        def matrix(layer, M):
-            if self.inverse == "cholesky":
-                A, G = self.pair(inverses, layer.name)
-                return _rotate(A, M, G)
-            return self._in_basis(layer, M, lambda C: 1.0 / (C + damping))
-
-        return self._map(
-            vector,
-            matrix,
-            functools.partial(self._embedding_solve, damping=damping),
-            lambda name, x: _solve_small(self.norms[name], x, damping),
-            lambda d, x: x / (d + damping),
-        )
+        if self.inverse != "cholesky":
+            return with_inverses({})
+        # the barrier keeps XLA from fusing a refresh in the same program into these products, which are then no longer
+        # library calls: a hundred times slower on CPU
+        cached = lambda: with_inverses(jax.lax.optimization_barrier(self.inverses))
+        return jax.lax.cond(damping == self.damping, cached, lambda: with_inverses(self.damped_inverses(damping)[0]))
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
         """(C + damping I)^exponent v, with an eigenbasis ("eigh", "ekfac"); of tied embeddings, without cross terms.
