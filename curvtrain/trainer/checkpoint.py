@@ -93,8 +93,8 @@ class Checkpoints:
         self._wait()
         if step in self.steps:
             return True
-        meta = {**meta, "scores": scores or {}}
-        json.dumps(meta)  # a hook's state that is not JSON is a mistake to be told now, not a failed save
+        # now, not in the background: a hook may change what it handed out, and what is not JSON is a mistake to be told
+        meta = json.loads(json.dumps({**meta, "scores": scores or {}}))
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         self._retention.rank(step, meta["scores"])
         self._under_way, self._failure = step, None

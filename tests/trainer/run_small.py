@@ -1,8 +1,9 @@
 """A small run with everything random in it, as a program: `python run_small.py '{"workdir": ..., "steps": ...}'`.
 
-Dropout, BatchNorm, shuffling, an average of the parameters, FOSI, and Lanczos on a curvature batch of its own. It
-prints a line after every step, and at the end writes every leaf of the state and the positions of the data to `out`.
-The tests import it for the same run in their own process.
+Dropout, BatchNorm, shuffling, an average of the parameters, FOSI, and Lanczos on a curvature batch of its own; with
+`"estimator": "kfac"`, K-FAC's optimizer on sampled Kronecker factors instead. It prints a line after every step, and at
+the end writes every leaf of the state and the positions of the data to `out`. The tests import it for the same run in
+their own process.
 """
 
 import json
@@ -79,6 +80,9 @@ def make(cls=Small, hooks=(), train_data=None, optimizer=None, estimator="lanczo
     if estimator == "lanczos":
         estimator = curvature.Lanczos(k=2, m=6)
         schedule = schedule or curvtrain.CurvatureSchedule(refresh_every=3, start=2, batch_size=2 * BATCH)
+    elif estimator == "kfac":
+        estimator, optimizer = curvature.KFAC("sampled"), optimizer or optim.kfac(l2=1e-3, damping_every=3)
+        schedule = schedule or curvtrain.CurvatureSchedule(refresh_every=3)
     return cls(
         curvtrain.TrainerConfig(**{**options, "progress": False, **config}),
         train_data=data() if train_data is None else train_data,

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 import run_small
 from jax.sharding import NamedSharding, PartitionSpec
@@ -109,6 +111,23 @@ def test_the_state_may_be_donated_while_it_is_written(tmp_path):
     with Checkpoints(config(tmp_path)) as checkpoints:
         back, _ = checkpoints.restore(abstract(tree), RUN)
     assert np.all(np.asarray(back["w"]) == 3) and int(back["count"]) == 3
+
+
+def test_the_metadata_may_change_while_it_is_written(tmp_path, monkeypatch):
+    """A hook hands out the list that it goes on appending to."""
+    write_json = ocp.JsonCheckpointHandler._save_fn
+
+    async def late(*args):
+        time.sleep(0.2)
+        return await write_json(*args)
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", late)
+    with Checkpoints(config(tmp_path)) as checkpoints:
+        steps = [1]
+        checkpoints.save(1, state(1), {"run": RUN, "steps": steps}, None)
+        steps.append(2)
+    with Checkpoints(config(tmp_path)) as checkpoints:
+        assert checkpoints.restore(abstract(state()), RUN)[1]["steps"] == [1]
 
 
 def test_a_step_that_is_there_is_left_as_it_is(tmp_path):

@@ -83,8 +83,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, cache):
     folder = tmp_path_factory.mktemp("uninterrupted")
-    life = Life(folder / "run", cache, out=str(folder / "end.npz"), sleep=0)
-    assert life.wait() == 0 and life.step == STEPS
+    finish(folder, cache)
     return folder
 
 
@@ -106,8 +105,8 @@ def logged(folder):
     return dict(entries)
 
 
-def finish(folder, cache):
-    life = Life(folder / "run", cache, out=str(folder / "end.npz"), sleep=0)
+def finish(folder, cache, **options):
+    life = Life(folder / "run", cache, out=str(folder / "end.npz"), sleep=0, **options)
     assert life.wait() == 0 and life.step == STEPS
 
 
@@ -131,6 +130,22 @@ def test_killed_ten_times(tmp_path, cache, uninterrupted):
     finish(tmp_path, cache)
     assert not unfinished(tmp_path / "run")
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_killed_with_kfac(tmp_path, cache):
+    """Kronecker factors, cached inverses, damping and velocity: three kills, one of them in a save."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    finish(whole, cache, estimator="kfac")
+    for kill, steps in enumerate((8, 2, 7)):
+        life = Life(parts / "run", cache, estimator="kfac")
+        assert life.read(steps) and (kill != 1 or life.await_save())
+        assert life.end(signal.SIGKILL) == -signal.SIGKILL
+    assert len(saved(parts / "run")) >= 1
+    finish(parts, cache, estimator="kfac")
+    assert_same_run(parts, whole)
+    with np.load(whole / "end.npz") as end:
+        assert end["curvature/refreshes"] >= STEPS // 3 and end["opt_state/rejected"] < STEPS // 4
+        assert np.all(np.isfinite(end["opt_state/damping"])) and np.any(end["opt_state/velocity/fc1/kernel"] != 0)
 
 
 def test_terminated_five_times(tmp_path, cache, uninterrupted):
