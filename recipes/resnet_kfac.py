@@ -21,6 +21,9 @@ class Options(ResNetOptions):
     """Options of resnet_fosi.py, with other defaults."""
 
     optimizer: OptimizerName = "kfac"
+    learning_rate: float | None = 0.1
+    momentum: float | None = 0.9
+    damping: float | None = 0.3
     workdir: str = "runs/resnet_kfac"
 
 

@@ -10,7 +10,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def test_python_blocks_run_in_order(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.S | re.M)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace: dict = {"__name__": "readme"}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
@@ -19,4 +19,5 @@ def test_python_blocks_run_in_order(capsys):
     assert "step 100/100" in printed
     assert np.all(np.diff(namespace["eigenvalues"]) <= 0)
     assert namespace["result"].step == 100
+    assert namespace["kfac_loss"] < 2 and namespace["factors"].failures == 0
     assert set(namespace["state"]._fields) == {"count", "inner", "curvature", "key"}

@@ -2,10 +2,10 @@
 
 On CPUs, one matrix at a time. jaxlib's batched LAPACK kernels (0.10.2) wait for their parts on the thread pool that
 they run on themselves: as many of them at once as the pool has threads wait for each other for ever. And every part
-calls a LAPACK with threads of its own, which then compete: on 2 busy cores a K-FAC step with the inverses of six factors
-of up to 257 x 257 took 750 ms in batches and 10 to 90 ms in turn (5 ms with OPENBLAS_NUM_THREADS=1). So each stack
-depends on the result of the one before (on an accelerator, where kernels of one stream run in turn anyway, that costs
-nothing), and within a stack a CPU goes matrix by matrix.
+calls a LAPACK with threads of its own, which then compete: on 2 busy cores a K-FAC step with the inverses of six
+factors of up to 257 x 257 took 750 ms in batches and 10 to 90 ms in turn (5 ms with OPENBLAS_NUM_THREADS=1). So each
+stack depends on the result of the one before (on an accelerator, where kernels of one stream run in turn anyway, that
+costs nothing), and within a stack a CPU goes matrix by matrix.
 """
 
 from collections.abc import Callable, Mapping
