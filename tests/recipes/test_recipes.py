@@ -10,10 +10,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
-SMALL = {
-    "resnet_fosi.py": ["--width", "4", "--batch-size", "32", "--k", "2"],
-    "mlp_autoencoder.py": ["--sizes", "12", "4", "--k", "3"],
-    "char_lm.py": ["--model", "gru", "--layers", "1", "--width", "8", "--length", "8", "--batch-size", "8", "--k", "2"],
+TEXT = ["--layers", "1", "--width", "8", "--length", "8", "--batch-size", "8"]
+FOSI, KFAC = ("fosi_adam", "adam"), ("kfac", "adamw")
+SMALL = {  # recipe, options, the optimizers that are compared
+    "resnet_fosi": ("resnet_fosi.py", ["--width", "4", "--batch-size", "32", "--k", "2"], FOSI),
+    "mlp_autoencoder": ("mlp_autoencoder.py", ["--sizes", "12", "4", "--k", "3"], FOSI),
+    "char_lm": ("char_lm.py", ["--model", "gru", *TEXT, "--k", "2"], FOSI),
+    "resnet_kfac": ("resnet_kfac.py", ["--width", "4", "--batch-size", "32"], KFAC),
+    "autoencoder_kfac": ("autoencoder_kfac.py", ["--sizes", "12", "4", "--inverse", "ekfac"], KFAC),
+    "char_lm with K-FAC": ("char_lm.py", ["--optimizer", "kfac", "--heads", "2", *TEXT], KFAC),
+    "char_lm with K-FAC, gru": ("char_lm.py", ["--optimizer", "kfac", "--model", "gru", *TEXT], KFAC),
 }
 
 
@@ -25,16 +31,17 @@ def run(recipe: str, *options: str, ok: bool = True) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("recipe", SMALL)
-def test_a_recipe_trains_compares_and_resumes(recipe, tmp_path):
+@pytest.mark.parametrize("name", SMALL)
+def test_a_recipe_trains_compares_and_resumes(name, tmp_path):
+    recipe, options, (optimizer, base) = SMALL[name]
     every = ["--refresh-every", "3", "--save-every", "4", "--eval-every", "4", "--log-every", "2"]
-    text = SMALL[recipe] if recipe != "char_lm.py" else [*SMALL[recipe], "--text", str(_text(tmp_path))]
-    common = [*text, *every, "--workdir", str(tmp_path / "run")]
+    text = ["--text", str(_text(tmp_path))] if recipe == "char_lm.py" else []
+    common = [*options, *text, *every, "--workdir", str(tmp_path / "run")]
     first = run(recipe, *common, "--steps", "4", "--no-compare")
     assert re.search(r"step 4/4 .* steps/s .* left", first)
     second = run(recipe, *common, "--steps", "6")
     assert "resumed after step 4" in second
-    table = re.search(r"optimizer +steps.*\n *fosi_adam +6 .*\n *adam +6 ", second)
+    table = re.search(rf"optimizer +steps.*\n *{optimizer} +6 .*\n *{base} +6 ", second)
     assert table, second
     assert (tmp_path / "run" / "comparison.png").stat().st_size > 10_000
 
