@@ -5,7 +5,9 @@ python recipes/char_lm.py --model gru --optimizer adam
 python recipes/char_lm.py --text shakespeare.txt --layers 4 --width 256 --steps 5000
 
 Measured on 2026-11-21 (2 CPU cores, jax 0.10.2, seed 0, 55 s) with --steps 150 --refresh-every 50 --eval-every 150:
-test loss 2.302 with FOSI and 2.318 with Adam at the same rate, which was not tuned.
+test loss 2.302 with FOSI and 2.318 with Adam at the same rate, which was not tuned. With --optimizer kfac
+--learning-rate 0.03 --momentum 0.9 --damping 0.03 --steps 150 --eval-every 150, seeds 1 and 2: 2.157 and 2.106 in 26 s,
+AdamW (best of four rates) 2.288 and 2.272 in 9 s.
 """
 
 import dataclasses
