@@ -88,10 +88,12 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
 
 
 def damping_hint(opt_state: PyTree) -> jax.Array | None:
-    """The damping that an optimizer will ask of `Curvature.solve`: the scalar named `damping` in its state.
+    """The damping that an optimizer will ask of `Curvature.solve`: the scalar field `damping` of its state.
 
-    None if there is none, or more than one.
+    An entry of that name in a dictionary (the options that `optax.inject_hyperparams` keeps) is not one. None if there
+    is no such field, or more than one.
     """
-    named = [value for _, value in optax.tree.get_all_with_path(opt_state, "damping")]
-    scalars = [value for value in named if isinstance(value, jax.Array) and value.ndim == 0]
+    named = optax.tree.get_all_with_path(opt_state, "damping")
+    fields = [value for path, value in named if isinstance(path[-1], optax.tree_utils.NamedTupleKey)]
+    scalars = [value for value in fields if isinstance(value, jax.Array) and value.ndim == 0]
     return scalars[0] if len(scalars) == 1 else None

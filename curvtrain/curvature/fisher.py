@@ -257,6 +257,15 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
         objective.require_outputs(self.name, "Lanczos(product='hessian')")
         return cover(objective, params, self.name, uncovered=self.uncovered, plain=self.plain)
 
+    def overview(self, objective, params) -> str:
+        coverage = self.coverage(objective, params)
+        blocks = {layer.name: self._block(layer) for layer in coverage.layers}
+        return coverage.table({name: (kind, 4 * floats) for name, (kind, floats) in blocks.items()})
+
+    def _block(self, layer: Layer) -> tuple[str, int]:
+        """(kind of a layer's block, floats of its curvature)."""
+        return "diagonal", layer.size
+
     def collect(self, statistic: Statistic, coverage: Coverage, objective, params, batch, key):
         """({layer: {statistic: sum}}, W)."""
         return collect(objective, params, batch, key, coverage, statistic, self.fisher, who=self.name)
@@ -344,6 +353,10 @@ class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
             factors[layer.name] = x
         return self.absorb(curvature, "factors", factors, W)
 
+    def _block(self, layer):
+        kind = "diagonal" if isinstance(layer, NormLayer | PlainParameter) else "diagonal x diagonal"
+        return kind, sum(math.prod(shape) for shape in self._shapes(layer).values())
+
     @staticmethod
     def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
         if isinstance(layer, MatrixLayer):
@@ -406,6 +419,10 @@ class _BlockEstimator(LayerEstimator[Blocks]):
         return dataclasses.replace(
             curvature, vectors=vectors, values=values, refreshes=curvature.refreshes + 1, failures=failures
         )
+
+    def _block(self, layer):
+        count, d = self._size(layer)
+        return f"{count} x ({d} x {d})", count * (2 * d * d + d)  # a block, its eigenvectors and its eigenvalues
 
     def _size(self, layer: Layer) -> tuple[int, int]:
         """(number of blocks, rows of a block)."""

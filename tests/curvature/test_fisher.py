@@ -10,6 +10,7 @@ Every estimator holds the entries of that matrix whose two parameters are in one
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -538,3 +539,22 @@ def test_parameters_of_unknown_layers():
         with pytest.raises(ValueError, match=rf"(?s){kind.__name__}: 2 parameters belong to no layer.*mix.*scale"):
             kind().init(objective, params)
     DiagonalFisher().init(objective, params)  # a diagonal is exact for any
+
+
+class TwoKinds(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(self.a(x))
+
+
+@pytest.mark.parametrize("estimator", [DiagonalFisher(), KroneckerDiagonal(), UnitWise(), FullBlock()], ids=type)
+def test_overview_counts_the_bytes_of_the_curvature(estimator):
+    model = TwoKinds(nnx.Rngs(0))
+    objective, params = Objective.from_model(model, lambda m, b: m(b["x"]), losses.SoftmaxCrossEntropy())
+    table = estimator.overview(objective, params)
+    assert re.search(r"^a +Linear .*66\.7%$", table, re.M) and re.search(r"^norm +LayerNorm .*33\.3%$", table, re.M)
+    leaves = jax.tree.leaves(estimator.init(objective, params))
+    arrays = sum(leaf.nbytes for leaf in leaves if leaf.ndim)  # counters are not worth a line
+    assert re.search(rf"^total .* {arrays:,} ", table, re.M), (table, arrays)

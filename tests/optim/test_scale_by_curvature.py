@@ -143,3 +143,10 @@ def test_bad_curvatures():
     counts = tiny.Counting().init(None, PARAMS)
     with pytest.raises(TypeError, match=r"Counts has no power -0.5 of \(C \+ damping I\): only -1, which is `solve`"):
         once(optim.scale_by_curvature(0.1, -0.5), counts)
+
+
+def test_the_hint_is_the_field_of_the_state_not_an_injected_option():
+    make = optax.inject_hyperparams(lambda damping: optim.scale_by_curvature(damping))
+    state = make(damping=0.25).init(PARAMS)
+    assert "damping" in state.hyperparams
+    np.testing.assert_allclose(damping_hint(state), 0.25)
