@@ -4,7 +4,7 @@ Symbols: k + l pairs, values lambda (k + l,), vectors V with rows v_i of unit no
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,8 @@ class Eigenpairs(Curvature):
         by descending magnitude). Zeros before the first refresh.
       vectors: float32 pytree like the parameters, every leaf (k + l, *param.shape).
       residuals: float32 (k + l,): |C v_i - lambda_i v_i|; inf before the first refresh.
-      converged: bool (k + l,): residual small enough to be used; the others count for nothing in any operation.
+      converged: bool (k + l,): residual small enough to be used; the others count for nothing in any operation. Unless
+        given, residual <= 0.1 |value|, as `Lanczos` has it by default.
       refreshes: int32 (): refreshes so far.
       products: int32 (): curvature-vector products that the last refresh spent.
       failures: int32 (): refreshes that came out non-finite; the last good pairs were kept.
@@ -34,10 +35,15 @@ class Eigenpairs(Curvature):
     values: jax.Array
     vectors: PyTree
     residuals: jax.Array
-    converged: jax.Array
-    refreshes: jax.Array
-    products: jax.Array
-    failures: jax.Array
+    converged: jax.Array = dataclasses.field(default_factory=lambda: cast(jax.Array, None))
+    refreshes: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
+    products: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
+    failures: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
+
+    def __post_init__(self):
+        # trees of this class also hold shapes, shardings and sentinels, which are left as they are
+        if self.converged is None and isinstance(self.residuals, jax.Array):
+            object.__setattr__(self, "converged", self.residuals <= 0.1 * jnp.abs(self.values))
 
     def coefficients(self, vector: PyTree) -> jax.Array:
         """V v, zero for the pairs that have not converged: float32 (k + l,)."""

@@ -648,3 +648,13 @@ def test_sharded_parameters_of_a_network():
     H = np.asarray(jax.jit(lambda p: as_matrix(lambda v: hvp(objective, p, v, batch), p))(params))
     check_invariants(jax.device_get(found), H)
     np.testing.assert_allclose(found.values, np.linalg.eigvalsh(H.astype(float))[::-1][:3], rtol=0, atol=ROUNDING)
+
+
+def test_eigenpairs_of_ones_own_need_values_vectors_and_residuals():
+    V = jnp.eye(3)[:2]
+    pairs = Eigenpairs(jnp.array([3.0, 2.0]), V, jnp.array([0.1, 0.5]))
+    np.testing.assert_array_equal(pairs.converged, [True, False])  # 0.5 is more than a tenth of 2
+    np.testing.assert_array_equal(pairs.as_matrix(), np.diag([3.0, 0.0, 0.0]))
+    same = jax.tree.map(lambda leaf: leaf, pairs)
+    assert jax.tree.structure(same) == jax.tree.structure(pairs) and len(jax.tree.leaves(pairs)) == 7
+    assert jax.eval_shape(lambda p: p, pairs).converged.dtype == bool
