@@ -88,12 +88,16 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
 
 
 def damping_hint(opt_state: PyTree) -> jax.Array | None:
-    """The damping that an optimizer will ask of `Curvature.solve`: the scalar field `damping` of its state.
+    """The damping that an optimizer will ask of `Curvature.solve`: the scalar named `damping` in its state.
 
-    An entry of that name in a dictionary (the options that `optax.inject_hyperparams` keeps) is not one. None if there
-    is no such field, or more than one.
+    A field comes before an entry of a dictionary: the options that `optax.inject_hyperparams` keeps are those of the
+    step to come or of the one before, the field is what the optimizer itself says. None if there is none, or several.
     """
-    named = optax.tree.get_all_with_path(opt_state, "damping")
+    named = [
+        (path, value)
+        for path, value in optax.tree.get_all_with_path(opt_state, "damping")
+        if isinstance(value, jax.Array) and value.ndim == 0
+    ]
     fields = [value for path, value in named if isinstance(path[-1], optax.tree_utils.NamedTupleKey)]
-    scalars = [value for value in fields if isinstance(value, jax.Array) and value.ndim == 0]
+    scalars = fields or [value for _, value in named]
     return scalars[0] if len(scalars) == 1 else None
