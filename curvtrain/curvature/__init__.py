@@ -19,4 +19,10 @@ from curvtrain.curvature.products import as_matrix as as_matrix
 from curvtrain.curvature.products import fvp as fvp
 from curvtrain.curvature.products import ggnvp as ggnvp
 from curvtrain.curvature.products import hvp as hvp
+from curvtrain.curvature.psgd import PSGD as PSGD
+from curvtrain.curvature.psgd import Affine as Affine
+from curvtrain.curvature.psgd import Annealed as Annealed
+from curvtrain.curvature.psgd import FittedPreconditioner as FittedPreconditioner
+from curvtrain.curvature.psgd import Kron as Kron
+from curvtrain.curvature.psgd import Preconditioner as Preconditioner
 from curvtrain.curvature.schedule import CurvatureSchedule as CurvatureSchedule

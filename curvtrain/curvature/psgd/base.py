@@ -1,0 +1,228 @@
+"""What every family of fitted preconditioners shares: PSGD, Xi-Lin Li, arXiv 1512.04202, 1809.10232, 2211.04422.
+
+A symmetric positive definite P = Q^T Q is fitted to pairs (v, h) by stochastic gradient steps on a Lie group of Q:
+
+    minimise  E[h^T P h + v^T P^-1 v]
+
+With v ~ N(0, I) and h = H v the minimum is P = |H|^-1. With gradients as h and v independent of them it is
+P = E[g g^T]^(-1/2): the gradient is whitened, and v is integrated out wherever that is possible.
+
+| symbol | meaning |
+|---|---|
+| v, h | probe and observation: pytrees like the parameters, with k probes as the leading axis |
+| Q, P | Q is what is stored; P multiplies gradients |
+| T1, T2, E | the two sides of the stationarity condition of one factor, E = T1 - T2 |
+| mu | rate of the fit, a normalised step in (0, 1] |
+| L, l, beta | running bound of a factor's curvature, L = max(beta L + (1 - beta) l, l), l = a bound of T1 + T2 |
+"""
+
+import abc
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from curvtrain import _checks
+from curvtrain.curvature import trees
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """Shapes of the parameters: all that a preconditioner's layout depends on.
+
+    Attributes:
+      treedef: of the parameters.
+      shapes: of their leaves.
+      stacks: for each leaf, how many leading axes count copies of one layer (`nnx.scan`).
+      paths: of the leaves, for messages and tables.
+    """
+
+    treedef: Any
+    shapes: tuple[tuple[int, ...], ...]
+    stacks: tuple[int, ...]
+    paths: tuple[str, ...]
+
+    @classmethod
+    def of(cls, params: PyTree, stacks: PyTree | None = None) -> "Structure":
+        """That of some parameters; `stacks` is a tree like them of numbers of leading axes. Raises on complex ones."""
+        found, treedef = jax.tree_util.tree_flatten_with_path(params)
+        paths = tuple(jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in found)
+        for path, (_, leaf) in zip(paths, found, strict=True):
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(
+                    f"PSGD fits a preconditioner of real parameters, and {path} is {leaf.dtype}. Split a complex one "
+                    f"into its real and imaginary parts."
+                )
+        counts = (0,) * len(found) if stacks is None else tuple(jax.tree.leaves(stacks))
+        return cls(treedef, tuple(tuple(leaf.shape) for _, leaf in found), counts, paths)
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def like(self) -> PyTree:
+        """Zeros, float32."""
+        return self.treedef.unflatten([jnp.zeros(shape) for shape in self.shapes])
+
+    def ravel(self, vector: PyTree) -> jax.Array:
+        """(n,), in the order of `jax.flatten_util.ravel_pytree`."""
+        return jnp.concatenate([leaf.ravel() for leaf in self.treedef.flatten_up_to(vector)])
+
+    def unravel(self, flat: jax.Array) -> PyTree:
+        """The inverse of `ravel`."""
+        stops = list(itertools.accumulate(math.prod(shape) for shape in self.shapes))
+        parts = jnp.split(flat, stops[:-1])
+        return self.treedef.unflatten([part.reshape(shape) for part, shape in zip(parts, self.shapes, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Preconditioner(abc.ABC):
+    """A family of P. Frozen configuration; what it maintains is a pytree of arrays of one structure.
+
+    Attributes:
+      damping: of the observations, h + (damping + eps |h|) noise, so that P is bounded where they vanish.
+      initial_scale: of P; None chooses it, at the first observation, so that P fits it as a multiple of I.
+      lipschitz_decay: beta; 0 uses the present bound l alone.
+      precision: of the matrix products, as in `jax.default_matmul_precision`.
+    """
+
+    _: dataclasses.KW_ONLY
+    damping: float = 1e-9
+    initial_scale: float | None = None
+    lipschitz_decay: float = 0.9
+    precision: str = "highest"
+
+    def __post_init__(self):
+        name = type(self).__name__
+        _checks.number_in(f"{name}(damping)", self.damping, 0.0)
+        _checks.number_in(f"{name}(lipschitz_decay)", self.lipschitz_decay, 0.0, 1.0, open_high=True)
+        if self.initial_scale is not None:
+            _checks.number_in(f"{name}(initial_scale)", self.initial_scale, 0.0, open_low=True)
+        _checks.one_of(f"{name}(precision)", self.precision, PRECISIONS)
+
+    @abc.abstractmethod
+    def init(self, structure: Structure) -> PyTree:
+        """P = I (or the initial scale). Raises ValueError where the family does not fit the parameters."""
+
+    @abc.abstractmethod
+    def fit(
+        self, structure: Structure, state: PyTree, v: PyTree | None, h: PyTree, key: jax.Array, rate: jax.Array
+    ) -> tuple[PyTree, jax.Array]:
+        """One step of the fit to pairs (v, h), or, where v is None, of whitening h.
+
+        Args:
+          v, h: float32 like the parameters, with a leading axis of probes, over which the steps' directions are means.
+          key: for noise, and for v where the family needs one that it was not given.
+          rate: mu, float32 ().
+
+        Returns:
+          (the new state, how many parts of it were left as they were because the step was not finite, int32 ()).
+        """
+
+    @abc.abstractmethod
+    def apply(self, structure: Structure, state: PyTree, vector: PyTree) -> PyTree:
+        """P v, for float32 v like the parameters."""
+
+    @abc.abstractmethod
+    def invert(self, structure: Structure, state: PyTree, vector: PyTree) -> PyTree:
+        """P^-1 v."""
+
+    @abc.abstractmethod
+    def partition_specs(self, structure: Structure, state: PyTree, param_specs: PyTree, mesh: jax.sharding.Mesh) -> Any:
+        """A `PartitionSpec` for every leaf of the state."""
+
+    def blocks(self, structure: Structure) -> list[tuple[str, str, int]]:
+        """Rows (parameters, what they get, bytes) of the table that is printed when training starts."""
+        floats = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(self.init, structure)))
+        return [("all parameters", type(self).__name__, floats)]
+
+    def noisy(self, key: jax.Array, h: PyTree) -> PyTree:
+        """h + (damping + eps |h|) noise, with random signs as the noise."""
+        if not self.damping:
+            return h
+        eps = jnp.finfo(jnp.float32).eps
+        leaves, treedef = jax.tree.flatten(h)
+        seeds = jax.random.bits(key, (len(leaves),))
+        damped = lambda h, seed: h + (self.damping + eps * jnp.abs(h)) * signs(seed, h.shape)
+        return treedef.unflatten([damped(h, seed) for h, seed in zip(leaves, seeds, strict=True)])
+
+
+PRECISIONS = ("default", "high", "highest", "float32", "tensorfloat32", "bfloat16")
+
+
+def signs(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """+1 or -1 for every entry, from a hash of its indices and a uint32 seed.
+
+    For noise that is too small to matter but for its being there: a tenth of the time of a random generator, and every
+    shard makes its own.
+    """
+    mixed = jnp.broadcast_to(seed.astype(jnp.uint32), shape)
+    for axis in range(len(shape)):
+        mixed = (mixed ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
+        mixed = mixed ^ (mixed >> 15)
+    mixed = mixed * jnp.uint32(0x85EBCA77)
+    return jnp.where(mixed >> 31, 1.0, -1.0)
+
+
+def running_bound(L: jax.Array, present: jax.Array, decay: float) -> jax.Array:
+    """L = max(beta L + (1 - beta) l, l), and never zero."""
+    return jnp.maximum(jnp.maximum(decay * L + (1.0 - decay) * present, present), jnp.finfo(jnp.float32).tiny)
+
+
+def initial_scale(v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """The scale s of P = s I that fits pairs (v, h), sums over `axes`: sqrt(sum v^2 / sum h^2), or, whitening,
+    (mean h^4)^(-1/4), which one large entry cannot inflate. 1 where h is zero or not finite."""
+    if v is None:
+        scale = jnp.mean(jnp.square(jnp.square(h / _largest(h, axes))), axis=axes) ** -0.25
+        scale = scale / jnp.squeeze(_largest(h, axes), axis=axes if axes is not None else tuple(range(h.ndim)))
+    else:
+        scale = jnp.sqrt(jnp.sum(jnp.square(v), axis=axes) / jnp.sum(jnp.square(h), axis=axes))
+    return jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1.0)
+
+
+def _largest(h: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
+    """max |h|, which keeps a fourth power from overflow."""
+    return jnp.maximum(jnp.max(jnp.abs(h), axis=axes, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def initial_scale_of_all(v: PyTree | None, h: PyTree) -> jax.Array:
+    """`initial_scale` with sums over all leaves."""
+    h = jax.tree.leaves(h)
+    if v is not None:
+        scale = jnp.sqrt(trees.dot(jax.tree.leaves(v), jax.tree.leaves(v)) / trees.dot(h, h))
+    else:
+        largest = functools.reduce(jnp.maximum, [_largest(a, None).reshape(()) for a in h if a.size])
+        fourth = [jnp.sum(jnp.square(jnp.square(a / largest))) for a in h]
+        scale = (functools.reduce(operator.add, fourth) / trees.size(h)) ** -0.25 / largest
+    return jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1.0)
+
+
+def accept(h: PyTree, new: PyTree, lead: int = 0) -> tuple[jax.Array, jax.Array]:
+    """(whether the state `new` replaces the old one, whether it failed), for each of `lead` axes of blocks.
+
+    A zero observation says nothing, and neither changes anything nor fails. A non-finite one fails, as does a state.
+
+    Args:
+      h: (k, *lead, ...) leaves of probes.
+      new: (*lead, ...) leaves.
+    """
+    every = lambda test, axes, leaf: test(leaf, axis=tuple(range(lead + axes, leaf.ndim)) + tuple(range(axes)))
+    nonzero = [every(jnp.any, 1, a != 0) for a in jax.tree.leaves(h)]
+    finite = [every(jnp.all, 1, jnp.isfinite(a)) for a in jax.tree.leaves(h)]
+    finite += [every(jnp.all, 0, jnp.isfinite(a)) for a in jax.tree.leaves(new)]
+    used, fine = functools.reduce(operator.or_, nonzero), functools.reduce(operator.and_, finite)
+    return used & fine, used & ~fine
+
+
+def choose(accepted: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where it is accepted (*lead,), for leaves (*lead, ...)."""
+    along = lambda a: accepted.reshape(*accepted.shape, *(1,) * (a.ndim - accepted.ndim))
+    return jax.tree.map(lambda new, old: jnp.where(along(new), new, old), new, old)

@@ -1,0 +1,255 @@
+"""The estimator that fits a preconditioner, from Hessian or Gauss-Newton products or from gradients."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from curvtrain import _checks
+from curvtrain.curvature import trees
+from curvtrain.curvature.base import Curvature, CurvatureEstimator
+from curvtrain.curvature.capture import cover
+from curvtrain.curvature.products import as_matrix, matvec
+from curvtrain.curvature.psgd.base import Preconditioner, Structure
+from curvtrain.curvature.psgd.kron import Kron
+from curvtrain.objective import Objective
+
+PyTree = Any
+Number = float | Callable[[jax.Array], jax.Array | float]
+
+FITS = ("hessian", "ggn", "gradient")
+RULES = ("deterministic", "bernoulli")
+_FIT = 2  # folded into a step's key, so that the fit's noise is not the model's
+_SURE = 2  # the first calls fit whatever the probability
+_ROUNDING = 1e-5  # of a number of calls times a probability that should be 1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FittedPreconditioner(Curvature):
+    """P ~ |H|^-1, or (E g g^T)^(-1/2), as a curvature C = P^-1 whose solve is P v.
+
+    Attributes:
+      state: what the family of the preconditioner keeps.
+      mean: the moving average of gradients that is whitened, like the parameters; empty if the gradient itself is.
+      calls: int32 (), of `update`.
+      waited: int32 (), calls since the last fit.
+      fits: int32 (), so far.
+      failures: int32 (), parts of fits that were not made, as they were not finite.
+      preconditioner: the family.
+      whitens: whether gradients are what it was fitted to.
+      structure: shapes of the parameters.
+    """
+
+    state: PyTree
+    mean: PyTree
+    calls: jax.Array
+    waited: jax.Array
+    fits: jax.Array
+    failures: jax.Array
+    preconditioner: Preconditioner = dataclasses.field(metadata=dict(static=True))
+    whitens: bool = dataclasses.field(metadata=dict(static=True))
+    structure: Structure = dataclasses.field(metadata=dict(static=True))
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """P^-1 v."""
+        return self.preconditioner.invert(self.structure, self.state, trees.float32(vector))
+
+    def solve(self, vector: PyTree, damping: jax.Array | float = 0.0) -> PyTree:
+        """P v. The damping must be the number 0: it is an option of the fit, `Kron(damping=...)`."""
+        known = isinstance(damping, int | float)
+        if not known or damping != 0:
+            came = repr(damping) if known else "an array"
+            raise ValueError(
+                f"FittedPreconditioner.solve(damping={came}): P itself is what was fitted, and no "
+                f"(P^-1 + damping I)^-1 follows from it. Pass 0.0, and give the fit a damping, as in "
+                f"PSGD(Kron(damping=1e-4)); optim.psgd(...) does the former."
+            )
+        return self.preconditioner.apply(self.structure, self.state, trees.float32(vector))
+
+    def as_matrix(self) -> jax.Array:
+        return as_matrix(self.matvec, self.structure.like())
+
+    def telemetry(self) -> dict[str, jax.Array]:
+        return {"fits": self.fits, "failures": self.failures}
+
+
+@dataclasses.dataclass(frozen=True)
+class PSGD(CurvatureEstimator[FittedPreconditioner]):
+    """Fits a preconditioner by one small step in every `update`; `refresh` has nothing to do.
+
+    Attributes:
+      preconditioner: `Kron()`, `LowRank()`, `XMat()`, `Affine()`, `Dense()` or `Diagonal()`.
+      fit: "hessian" or "ggn": to products with random probes, P ~ |H|^-1; "gradient": whitening, P ~ (E g g^T)^(-1/2),
+        which gives updates of unit size that want a learning rate like Adam's.
+      rate: mu in (0, 1], or a function of the number of fits so far. 0.5 starts fast; what it settles to in noise is
+        proportional to it, so anneal it, or take 0.1.
+      probes: products per fit, for "hessian" and "ggn".
+      momentum: decay of a moving average of gradients which is whitened in their place, for "gradient".
+      update_probability: the share of calls of `update` that fit, or a function of the calls so far (`annealed()`). The
+        decision is made in the compiled step; a `CurvatureSchedule(update_every=...)` makes it on the host, and a step
+        without a fit then pays nothing for it.
+      rule: "deterministic" (as soon as 1 / probability calls have passed) or "bernoulli" (by chance).
+      memory_limit: bytes that the preconditioner may take; None is what the devices have.
+
+    Raises:
+      TypeError, ValueError: when built with a bad argument; in `init` for complex parameters, a family that does not
+        fit the parameters, and a preconditioner that needs more memory than there is.
+    """
+
+    preconditioner: Preconditioner = dataclasses.field(default_factory=Kron)
+    fit: str = "gradient"
+    rate: Number = 0.1
+    _: dataclasses.KW_ONLY
+    probes: int = 1
+    momentum: float = 0.0
+    update_probability: Number = 1.0
+    rule: str = "deterministic"
+    memory_limit: int | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.preconditioner, Preconditioner):
+            raise TypeError(
+                f"PSGD(preconditioner) should be Kron(), LowRank(), XMat(), Affine(), Dense() or Diagonal(), not "
+                f"{self.preconditioner!r}."
+            )
+        _checks.one_of("PSGD(fit)", self.fit, FITS)
+        if not callable(self.rate):
+            _checks.number_in("PSGD(rate)", self.rate, 0.0, 1.0, open_low=True)
+            if getattr(self.preconditioner, "dtype", "float32") == "bfloat16" and self.rate < 0.1:
+                raise ValueError(
+                    f"PSGD(rate={self.rate}) makes steps below the resolution of factors in bfloat16. Use a rate of at "
+                    f"least 0.1, or dtype='float32'."
+                )
+        _checks.positive_int("PSGD(probes)", self.probes)
+        if self.probes > 1 and self.fit == "gradient":
+            raise ValueError("PSGD(probes) counts Hessian products, and fit='gradient' takes none. Leave it out.")
+        _checks.number_in("PSGD(momentum)", self.momentum, 0.0, 1.0, open_high=True)
+        if self.momentum and self.fit != "gradient":
+            raise ValueError(
+                f"PSGD(momentum) is that of gradients that are whitened, not of fit={self.fit!r}. The optimizer's own "
+                f"is optim.psgd(b1=...)."
+            )
+        if not callable(self.update_probability):
+            _checks.number_in("PSGD(update_probability)", self.update_probability, 0.0, 1.0, open_low=True)
+        _checks.one_of("PSGD(rule)", self.rule, RULES)
+        if self.memory_limit is not None:
+            _checks.positive_int("PSGD(memory_limit)", self.memory_limit)
+
+    def structure(self, objective: Objective | None, params: PyTree) -> Structure:
+        """Shapes of the parameters, and which of their axes count the layers of an `nnx.scan`."""
+        if objective is None or not objective.has_outputs:
+            return Structure.of(params)
+        stacks = {}
+        for layer in cover(objective, params, "PSGD", uncovered="diagonal").layers:
+            stacks |= {(*layer.path, name): len(layer.stack) for name, _ in layer.shapes}
+        of = lambda path, _: stacks.get(tuple(k.key for k in path), 0)
+        return Structure.of(params, jax.tree_util.tree_map_with_path(of, params))
+
+    def init(self, objective, params) -> FittedPreconditioner:
+        structure = self.structure(objective, params)
+        self._check_memory(structure)
+        return FittedPreconditioner(
+            state=self.preconditioner.init(structure),
+            mean=trees.zeros(params) if self.momentum else {},
+            calls=jnp.int32(0),
+            waited=jnp.int32(0),
+            fits=jnp.int32(0),
+            failures=jnp.int32(0),
+            preconditioner=self.preconditioner,
+            whitens=self.fit == "gradient",
+            structure=structure,
+        )
+
+    def update(self, curvature: FittedPreconditioner, objective, params, batch, key) -> FittedPreconditioner:
+        c, observed, mean = curvature, None, curvature.mean
+        if self.fit == "gradient":  # that of the training step: XLA sees that the two are one
+            observed = trees.float32(objective.value_and_grad(params, batch, key)[1])
+            if self.momentum:
+                beta = jnp.minimum(c.calls / (c.calls + 1), self.momentum)
+                fine = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(observed)]).all()
+                move = lambda m, g: jnp.where(fine, beta * m + (1 - beta) * g, m)
+                observed = mean = jax.tree.map(move, mean, observed)
+        noise = jax.random.fold_in(key, _FIT)
+
+        def fit(state):
+            if observed is None:
+                v = _probes(jax.random.fold_in(noise, 1), params, self.probes)
+                h = jax.vmap(matvec(self.fit, objective, params, batch, key))(v)
+            else:
+                v, h = None, jax.tree.map(lambda a: a[None], observed)
+            rate = jnp.float32(self.rate(c.fits) if callable(self.rate) else self.rate)
+            return self.preconditioner.fit(c.structure, state, v, h, noise, rate)
+
+        probability = self.update_probability
+        if probability == 1.0:
+            due = True
+            state, bad = fit(c.state)
+        else:
+            p = jnp.float32(probability(c.calls) if callable(probability) else probability)
+            if self.rule == "bernoulli":
+                due = (jax.random.uniform(jax.random.fold_in(noise, 2)) < p) | (c.calls < _SURE)
+            else:
+                due = ((c.waited + 1) * p >= 1.0 - _ROUNDING) | (c.calls == 0)
+            state, bad = jax.lax.cond(due, fit, lambda state: (state, jnp.int32(0)), c.state)
+        return dataclasses.replace(
+            c,
+            state=state,
+            mean=mean,
+            calls=c.calls + 1,
+            waited=jnp.where(due, 0, c.waited + 1).astype(jnp.int32),
+            fits=c.fits + jnp.asarray(due, jnp.int32),
+            failures=c.failures + bad,
+        )
+
+    def refresh(self, curvature, objective, params, batch, key, damping=None) -> FittedPreconditioner:
+        """The curvature as it is."""
+        return curvature
+
+    def partition_specs(self, curvature: FittedPreconditioner, param_specs, mesh):
+        specs = jax.tree.map(lambda _: PartitionSpec(), curvature)
+        state = self.preconditioner.partition_specs(curvature.structure, curvature.state, param_specs, mesh)
+        return dataclasses.replace(specs, state=state, mean=param_specs if self.momentum else {})
+
+    def overview(self, objective, params) -> str:
+        rows = self.preconditioner.blocks(self.structure(objective, params))
+        lines = [("parameters", "preconditioner", "bytes"), *((names, what, f"{n:,}") for names, what, n in rows)]
+        lines.append(("total", "", f"{sum(n for *_, n in rows):,}"))
+        widths = [max(len(line[i]) for line in lines) for i in range(3)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+    def _check_memory(self, structure: Structure) -> None:
+        rows = self.preconditioner.blocks(structure)
+        needed, there = sum(n for *_, n in rows), self.memory_limit or device_memory()
+        if there is None or needed <= there:
+            return
+        names, what, most = max(rows, key=lambda row: row[-1])
+        raise ValueError(
+            f"PSGD({type(self.preconditioner).__name__}()) would take {needed:,} bytes, and there are {there:,}. Most "
+            f"of it, {most:,} bytes, is {what} for {names}. Lower max_size, max_skew or block_size, as in "
+            f"Kron(block_size=64), or take Diagonal(); or raise PSGD(memory_limit=...) if it is to be sharded."
+        )
+
+
+def device_memory() -> int | None:
+    """Bytes of memory of this process's devices together; None where nobody says."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return jax.local_device_count() * stats["bytes_limit"]
+    if device.platform == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None
+
+
+def _probes(key: jax.Array, params: PyTree, number: int) -> PyTree:
+    """Standard normal vectors like the parameters, (number, *shape)."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten([jax.random.normal(k, (number, *p.shape)) for k, p in zip(keys, leaves, strict=True)])
