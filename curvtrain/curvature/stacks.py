@@ -6,6 +6,10 @@ calls a LAPACK with threads of its own, which then compete: on 2 busy cores a K-
 factors of up to 257 x 257 took 750 ms in batches and 10 to 90 ms in turn (5 ms with OPENBLAS_NUM_THREADS=1). So each
 stack depends on the result of the one before (on an accelerator, where kernels of one stream run in turn anyway, that
 costs nothing), and within a stack a CPU goes matrix by matrix.
+
+Inverses go further on a CPU: LAPACK sees only small blocks, for which it starts no threads, and the rest are matrix
+products, which XLA runs on its own. Cholesky factors of 256 x 256 and their inverses take half of LAPACK's time then,
+and nothing of what its waiting threads take from everything else.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +22,17 @@ from curvtrain.curvature import trees
 
 PyTree = Any
 
+_SMALL = 32  # twice that is well below the size from which OpenBLAS factorises in several threads, 128 in float32
+_BLOCKS = 16  # at most, on the diagonal of a matrix
+
 
 def in_turn(
-    function: Callable[[str, jax.Array], PyTree], stacks: Mapping[str, jax.Array], after: PyTree = ()
+    function: Callable[[str, jax.Array], PyTree], arrays: Mapping[str, jax.Array], after: PyTree = ()
 ) -> dict[str, Any]:
-    """{name: function(name, stack)}, each stack only once the one before is done; the first, once `after` is."""
+    """{name: function(name, array)}, each array only once the result before is there; the first, once `after` is."""
     found, before = {}, after
-    for name, stack in stacks.items():
-        before = found[name] = function(name, stack + _zero_of(before))
+    for name, array in arrays.items():
+        before = found[name] = function(name, array + _zero_of(before))
     return found
 
 
@@ -36,29 +43,76 @@ def _zero_of(results: PyTree) -> jax.Array:
 
 
 def inverse(X: jax.Array, shift: jax.Array) -> jax.Array:
-    """(X + shift I)^-1 of a stack (L, d, d) of positive semi-definite matrices, shift (L,), by Cholesky."""
+    """(X + shift I)^-1 of a stack (L, d, d) of positive semi-definite matrices, shift (L,), by Cholesky.
 
-    def function(damped):
-        L = jnp.linalg.cholesky(damped, symmetrize_input=False)
+    Reads the lower triangles. A matrix that is not positive definite gives NaN; whether an inverse is finite shows on
+    its diagonal.
+    """
+
+    def damped(X, shift):
+        return X + shift[..., None, None] * jnp.eye(X.shape[-1], dtype=X.dtype)
+
+    def batched(X, shift):
+        L = jnp.linalg.cholesky(damped(X, shift), symmetrize_input=False)
         eye = jnp.broadcast_to(jnp.eye(X.shape[-1], dtype=X.dtype), L.shape)
         half = jax.scipy.linalg.solve_triangular(L, eye, lower=True)
         return jnp.swapaxes(half, -1, -2) @ half
 
-    return _each(function, _symmetric(X) + shift[:, None, None] * jnp.eye(X.shape[-1], dtype=X.dtype))
+    return _each(lambda X, shift: _inverse(damped(X, shift)), batched, X, shift)
 
 
 def eigh(X: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues (L, d), ascending, and eigenvectors (L, d, d) as columns, of a stack of symmetric matrices."""
-    return _each(lambda X: tuple(jnp.linalg.eigh(X, symmetrize_input=False)), _symmetric(X))
+    function = lambda X: tuple(jnp.linalg.eigh(X, symmetrize_input=False))
+    return _each(function, function, 0.5 * (X + jnp.swapaxes(X, -1, -2)))
 
 
-def _each(function: Callable[[jax.Array], Any], X: jax.Array) -> Any:
-    """function(X), batched; on a CPU matrix by matrix."""
+def _each(one: Callable[..., Any], batched: Callable[..., Any], *stacks: jax.Array) -> Any:
+    """batched(*stacks); on a CPU `one` of every matrix of them."""
+
+    def each(*stacks):
+        if len(stacks[0]) == 1:
+            return jax.tree.map(lambda a: a[None], one(*(X[0] for X in stacks)))
+        return jax.lax.map(lambda X: one(*X), stacks)
+
     with trees.exact():
-        if len(X) == 1:
-            return jax.tree.map(lambda a: a[None], function(X[0]))
-        return jax.lax.platform_dependent(X, cpu=lambda X: jax.lax.map(function, X), default=function)
+        return jax.lax.platform_dependent(*stacks, cpu=each, default=batched)
 
 
-def _symmetric(X: jax.Array) -> jax.Array:
-    return 0.5 * (X + jnp.swapaxes(X, -1, -2))
+def _inverse(X: jax.Array) -> jax.Array:
+    """The inverse of a positive definite matrix, block by block: L^-T L^-1 for X = L L^T."""
+    if len(X) <= _block(X):
+        half = _half_inverse(X, _block(X))
+        return half.T @ half
+    P, M, S = _halves(X, _block(X))
+    off = S.T @ M
+    return jnp.block([[P.T @ P + M.T @ M, off.T], [off, S.T @ S]])
+
+
+def _half_inverse(X: jax.Array, block: int) -> jax.Array:
+    """L^-1."""
+    d = len(X)
+    if d > block:
+        P, M, S = _halves(X, block)
+        return jnp.block([[P, jnp.zeros((len(P), len(S)), X.dtype)], [M, S]])
+    # The factor of [[X, I], [I, infinity]] is [[L, 0], [L^-T, infinity]]: for small blocks faster than a triangular
+    # solve, for which LAPACK starts threads whatever the size.
+    eye = jnp.eye(d, dtype=X.dtype)
+    bordered = jnp.block([[X, eye], [eye, 0.1 * jnp.finfo(X.dtype).max * eye]])
+    return jnp.linalg.cholesky(bordered, symmetrize_input=False)[d:, :d].T
+
+
+def _halves(X: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """P, M and S of L^-1 = [[P, 0], [M, S]]; the size of P is a power of two of blocks."""
+    k = block
+    while 2 * k < len(X):
+        k *= 2
+    P = _half_inverse(X[:k, :k], block)
+    W = X[k:, :k] @ P.T  # [[L_1, 0], [W, L_2]] [[L_1, 0], [W, L_2]]^T = X
+    S = _half_inverse(X[k:, k:] - W @ W.T, block)
+    return P, -S @ (W @ P), S
+
+
+def _block(X: jax.Array) -> int:
+    """The size up to which LAPACK factorises: a number of blocks, and so a size of the program, that is bounded."""
+    return max(_SMALL, -(-len(X) // (_BLOCKS * _SMALL)) * _SMALL)

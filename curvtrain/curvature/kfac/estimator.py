@@ -135,7 +135,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 given[layer.name] = {"QA": of(QA), "QG": of(QG)}
         found, W = collect(objective, params, batch, key, c.coverage, statistic, self.fisher, given=given, who="KFAC")
         # a batch whose statistics are not finite, or that is all masked, says nothing
-        usable = functools.reduce(operator.and_, [jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(found)], W > 0)
+        usable = functools.reduce(operator.and_, map(_finite, found.values()), W > 0)
         W = safe(W)
         weight = self.ema * c.weight + 1.0
         average = lambda old, new: old + (new - old) / weight  # debiased: the first batch counts in full
@@ -225,6 +225,13 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 floats, kind = layer.size, "diagonal"
             blocks[layer.name] = (kind, 4 * floats)
         return coverage.table(blocks)
+
+
+def _finite(found: dict[str, jax.Array]) -> jax.Array:
+    """Whether the statistics of a layer are finite: of second moments the diagonals show it, at a fraction of the cost
+    of all their entries."""
+    shown = [kf.diagonals(x) if name in ("A", "G", "A_head") else x for name, x in found.items()]
+    return functools.reduce(operator.and_, [jnp.all(jnp.isfinite(x)) for x in shown])
 
 
 def norm_blocks(F: jax.Array, layer: NormLayer) -> jax.Array:

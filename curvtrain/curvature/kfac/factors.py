@@ -128,7 +128,7 @@ class KroneckerFactors(Curvature):
     def pi(self, name: str) -> jax.Array:
         """pi (K,): 1 where a factor is zero."""
         A, G = self.pair(self.factors, name)
-        a, g = (jnp.trace(X, axis1=-2, axis2=-1) / X.shape[-1] for X in (A, G))
+        a, g = (jnp.mean(diagonals(X), axis=-1) for X in (A, G))
         ok = (a > 0) & (g > 0)
         return jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0))
 
@@ -138,13 +138,14 @@ class KroneckerFactors(Curvature):
         Returns (inverses, failures): where an inverse is not finite, the cached one stands, and it counts as a failure.
         """
         root = jnp.sqrt(jnp.float32(damping))
-        shifts = {size: [jnp.zeros(0)] for size in self.factors}
+        parts: dict[str, list[jax.Array]] = {size: [] for size in self.factors}
         for name, (a, _, g, _) in layout_of(self.coverage).at:
             pi = self.pi(name)
-            shifts[a].append(pi * root)
-            shifts[g].append(root / pi)
-        new = stacks.in_turn(lambda size, X: stacks.inverse(X, jnp.concatenate(shifts[size])), self.factors)
-        return keep_finite(new, self.inverses)
+            parts[a].append(pi * root)
+            parts[g].append(root / pi)
+        shifts = {size: jnp.concatenate(shift) for size, shift in parts.items()}
+        new = stacks.in_turn(lambda size, shift: stacks.inverse(self.factors[size], shift), shifts)
+        return keep_finite(new, self.inverses, {size: diagonals(X) for size, X in new.items()})
 
     # -- as a matrix ---------------------------------------------------------------------------------------------------
 
@@ -230,7 +231,7 @@ class KroneckerFactors(Curvature):
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Damping of the cached factorisation, largest and mean trace of a factor, and failures."""
-        traces = [jnp.trace(X, axis1=-2, axis2=-1) for X in self.factors.values()]
+        traces = [jnp.sum(diagonals(X), axis=-1) for X in self.factors.values()]
         traces = jnp.concatenate(traces) if traces else jnp.zeros(1)
         return {
             "factor_trace_max": jnp.max(traces),
@@ -290,14 +291,20 @@ class KroneckerFactors(Curvature):
         return jax.lax.cond(jnp.any(self.embeddings[layer.name]["G_head"] > 0), tied, inverse, M)
 
 
-def keep_finite(new: PyTree, old: PyTree) -> tuple[PyTree, jax.Array]:
+def diagonals(X: jax.Array) -> jax.Array:
+    """(..., d) of matrices (..., d, d). Those that are sums of v v^T are finite wherever their diagonals are."""
+    return jnp.diagonal(X, axis1=-2, axis2=-1)
+
+
+def keep_finite(new: PyTree, old: PyTree, shown: PyTree = None) -> tuple[PyTree, jax.Array]:
     """(new, but old where its leading axis has an entry that is not finite; how many such there are).
 
-    Dictionaries by name; the arrays of one name share their leading axis and stand or fall together.
+    Dictionaries by name; the arrays of one name share their leading axis and stand or fall together. `shown` has, by
+    name, what shows whether they are finite, if less than all of `new` does.
     """
     kept, failures = {}, jnp.int32(0)
     for name, arrays in new.items():
-        entries = [jnp.isfinite(a).reshape(len(a), -1).all(1) for a in jax.tree.leaves(arrays)]
+        entries = [jnp.isfinite(a).reshape(len(a), -1).all(1) for a in jax.tree.leaves((shown or new)[name])]
         finite = functools.reduce(jnp.logical_and, entries)
         pick = lambda a, b, ok=finite: jnp.where(ok.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
         kept[name] = jax.tree.map(pick, arrays, old[name])

@@ -1,0 +1,82 @@
+"""Factorisations of stacks against float64, and against what LAPACK makes of them in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from curvtrain.curvature import stacks
+
+EPS = 2.0**-24
+inverse = jax.jit(stacks.inverse)
+
+
+def spd(d, condition, seed=0):
+    """A random matrix of size d with eigenvalues from 1 down to 1 / condition, evenly in their logarithm."""
+    Q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(d, d)))
+    return ((Q * np.geomspace(1, 1 / condition, d)) @ Q.T).astype(np.float32)
+
+
+def error(got, X, shift=0.0):
+    """Relative to the largest entry of the inverse in float64."""
+    want = np.linalg.inv(X.astype(np.float64) + shift * np.eye(len(X)))
+    return np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
+
+
+@functools.cache
+def by_lapack(d):
+    def function(X):
+        L = jnp.linalg.cholesky(X, symmetrize_input=False)
+        half = jax.scipy.linalg.solve_triangular(L, jnp.eye(d), lower=True)
+        return jnp.matmul(half.T, half, precision="highest")
+
+    return jax.jit(function)
+
+
+# within one block, on the edges of blocks, and with a last block of every kind
+@pytest.mark.parametrize("d", [1, 2, 31, 32, 33, 64, 65, 100, 256, 257, 300])
+def test_inverses_are_as_accurate_as_lapack(d):
+    for seed, condition in enumerate((1.0, 1e2, 1e4, 1e6)):
+        X = spd(d, condition, seed)
+        got = error(inverse(X[None], jnp.zeros(1))[0], X)
+        assert got <= 1e-6 + 0.3 * EPS * condition
+        assert got <= 1e-6 + 4 * error(by_lapack(d)(X), X)
+
+
+def test_many_blocks():
+    """Larger matrices have larger blocks, not more."""
+    X = spd(1100, 1e3)
+    assert error(inverse(X[None], jnp.zeros(1))[0], X) <= 1e-6 + EPS * 1e3
+
+
+def test_each_matrix_has_its_shift():
+    X = np.stack([np.zeros((70, 70), np.float32), spd(70, 1e2), 1e6 * spd(70, 1e4), 1e-6 * spd(70, 1e2)])
+    shifts = np.array([1e-3, 0.1, 1e4, 1e-6], np.float32)
+    for got, x, shift in zip(inverse(X, shifts), X, shifts, strict=True):
+        assert error(got, x, shift) <= 5e-6
+
+
+@pytest.mark.parametrize("d", [3, 80])
+def test_a_matrix_without_an_inverse_shows_on_the_diagonal(d):
+    """Not positive definite, or not finite: nothing else is touched."""
+    good, indefinite, broken = spd(d, 10.0), np.diag(np.arange(d) - 1.0).astype(np.float32), spd(d, 10.0)
+    broken[d - 1, 0] = np.nan
+    got = np.asarray(inverse(np.stack([good, indefinite, broken, good]), jnp.zeros(4)))
+    assert list(np.isfinite(np.diagonal(got, axis1=1, axis2=2)).all(1)) == [True, False, False, True]
+    np.testing.assert_array_equal(got[0], got[3])
+
+
+def test_eigenvectors_of_each_matrix():
+    X = np.stack([spd(9, 1e3, seed) for seed in range(3)])
+    for values, Q, x in zip(*jax.jit(stacks.eigh)(X), X, strict=True):
+        np.testing.assert_allclose(Q @ np.diag(values) @ Q.T, x, atol=1e-6)
+
+
+def test_stacks_go_in_turn():
+    """Whatever the results are, not a number too, the next stack is what it was."""
+    arrays = {"a": jnp.ones(2), "b": jnp.full(3, 2.0), "c": jnp.full(1, 3.0)}
+    seen = jax.jit(lambda arrays: stacks.in_turn(lambda name, x: x * jnp.nan if name == "a" else x, arrays))(arrays)
+    np.testing.assert_array_equal(seen["b"], arrays["b"])
+    np.testing.assert_array_equal(seen["c"], arrays["c"])
