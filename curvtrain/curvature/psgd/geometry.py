@@ -10,7 +10,8 @@ Symbols as in `base.py`. All functions take stacks, (..., d, d) or (..., d), and
 | QEQ | Q - sigma Q E | q (1 - sigma E) | invertible |
 | QEP | Q - sigma E Q | q (1 - sigma E) | invertible |
 
-sigma = mu / L. Only EQ solves with Q; the others are made of matrix products.
+sigma = mu / L. Only EQ solves with Q; the others are made of matrix products. In the order "2nd" of the original code
+sigma = mu / l, without memory, and in "1st" it is mu over the size of the direction: E, of EQ triu(E).
 """
 
 import jax
@@ -21,6 +22,7 @@ from curvtrain.curvature.psgd.base import running_bound
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
 GEOMETRIES = ("PRO", "QUAD", "EQ", "QEQ", "QEP")
+ORDERS = ("bounded", "2nd", "1st")
 
 
 def step_dense(
@@ -31,10 +33,15 @@ def step_dense(
     rate: jax.Array,
     L: jax.Array,
     decay: float,
+    order: str = "bounded",
 ) -> tuple[jax.Array, jax.Array]:
     """(the new Q (..., d, d), the new L (...)), for T1 and T2 like Q."""
-    L = running_bound(L, spectral_bound(T1 + T2), decay)
-    E = (rate / L)[..., None, None] * (T1 - T2)  # with sigma
+    present = spectral_bound(T1 + T2)
+    L, E = running_bound(L, present, decay), T1 - T2
+    if order == "1st":
+        present = direction_bound(jnp.triu(E) if geometry == "EQ" else E)
+    size = L if order == "bounded" else jnp.maximum(present, _TINY)
+    E = (rate / size)[..., None, None] * E  # with sigma
     if geometry == "EQ":
         Q = Q - jnp.triu(E) @ Q
     elif geometry == "QEP":
@@ -59,10 +66,15 @@ def step_diagonal(
     L: jax.Array,
     decay: float,
     axes: tuple[int, ...] = (-1,),
+    order: str = "bounded",
 ) -> tuple[jax.Array, jax.Array]:
     """(the new q, the new L) for q, T1, T2 of one shape, and L without the `axes` of q."""
-    L = running_bound(L, jnp.max(T1 + T2, axis=axes), decay)
-    E = rate / jnp.expand_dims(L, axes) * (T1 - T2)
+    present = jnp.max(T1 + T2, axis=axes)
+    L, E = running_bound(L, present, decay), T1 - T2
+    if order == "1st":
+        present = jnp.max(jnp.abs(E), axis=axes)
+    size = L if order == "bounded" else jnp.maximum(present, _TINY)
+    E = rate / jnp.expand_dims(size, axes) * E
     return q * (jnp.square(1.0 - 0.5 * E) if geometry == "QUAD" else 1.0 - E), L
 
 
@@ -95,6 +107,13 @@ def spectral_bound(A: jax.Array) -> jax.Array:
         x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), _TINY)
         x = jnp.einsum("...ab,...b->...a", A, x)
     return jnp.maximum(jnp.linalg.norm(x, axis=-1), scale)
+
+
+def direction_bound(A: jax.Array) -> jax.Array:
+    """`spectral_bound` of any A, by way of A^T A."""
+    scale = jnp.maximum(jnp.max(jnp.abs(A), axis=(-2, -1), keepdims=True), _TINY)
+    A = A / scale
+    return scale[..., 0, 0] * jnp.sqrt(spectral_bound(_t(A) @ A))
 
 
 def triangular_inverse(U: jax.Array) -> jax.Array:

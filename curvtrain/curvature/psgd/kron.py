@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec
 from curvtrain import _checks
 from curvtrain.curvature import stacks
 from curvtrain.curvature.psgd.base import Preconditioner, Structure, initial_scale
-from curvtrain.curvature.psgd.geometry import GEOMETRIES, step_dense, step_diagonal, triangular_inverse
+from curvtrain.curvature.psgd.geometry import GEOMETRIES, ORDERS, step_dense, step_diagonal, triangular_inverse
 from curvtrain.curvature.psgd.layout import Bucket, Member, Side, any_order, block_for, consecutive
 
 PyTree = Any
@@ -48,6 +48,8 @@ class Kron(Preconditioner):
       min_ndim: tensors of fewer axes get diagonal factors.
       beyond: "diagonal" or "none": what a side gets that gets no dense factor. A tensor keeps one factor at least.
       dtype: "float32" or "bfloat16" (PRO, QUAD and QEQ, at rates of 0.1 and more): how factors are stored.
+      order: how a step is normalised: "bounded" by a running bound of the curvature; as in the original code without
+        memory, "2nd" by the present bound, or "1st" by the size of the direction.
     """
 
     geometry: str = "PRO"
@@ -59,6 +61,7 @@ class Kron(Preconditioner):
     min_ndim: int = 2
     beyond: str = "diagonal"
     dtype: str = "float32"
+    order: str = "bounded"
 
     def __post_init__(self):
         super().__post_init__()
@@ -71,6 +74,7 @@ class Kron(Preconditioner):
         _checks.positive_int(f"{name}(min_ndim)", self.min_ndim)
         _checks.one_of(f"{name}(beyond)", self.beyond, BEYOND)
         _checks.one_of(f"{name}(dtype)", self.dtype, DTYPES)
+        _checks.one_of(f"{name}(order)", self.order, ORDERS)
         if self.dtype != "float32" and self.geometry in ("EQ", "QEP"):
             raise ValueError(
                 f"{name}(dtype={self.dtype!r}) rounds the steps of geometry={self.geometry!r} away. Use "
@@ -170,7 +174,7 @@ class Kron(Preconditioner):
             if q is not None and pair is not None:
                 step = step_dense if side.kind == "dense" else step_diagonal
                 T1, T2 = pair
-                Q[i], L[i] = step(self.geometry, q, T1, T2, rate, old_L[i], self.lipschitz_decay)
+                Q[i], L[i] = step(self.geometry, q, T1, T2, rate, old_L[i], self.lipschitz_decay, order=self.order)
         Q = _balance(bucket, Q)
         P = [
             _square(q) if q is not None and side.kind == "dense" else None
