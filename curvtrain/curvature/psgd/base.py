@@ -141,8 +141,9 @@ class Preconditioner(abc.ABC):
 
     def blocks(self, structure: Structure) -> list[tuple[str, str, int]]:
         """Rows (parameters, what they get, bytes) of the table that is printed when training starts."""
-        floats = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(self.init, structure)))
-        return [("all parameters", type(self).__name__, floats)]
+        state = jax.eval_shape(lambda: self.init(structure))
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        return [("all parameters", type(self).__name__, size)]
 
     def noisy(self, key: jax.Array, h: PyTree) -> PyTree:
         """h + (damping + eps |h|) noise, with random signs as the noise."""
