@@ -57,6 +57,7 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
     """
 
     absorbs: ClassVar[bool] = True  # whether `update` does anything
+    factorises: ClassVar[bool] = True  # whether `refresh` does
 
     @abc.abstractmethod
     def init(self, objective: Objective | None, params: PyTree) -> C:

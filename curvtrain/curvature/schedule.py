@@ -19,12 +19,16 @@ class CurvatureSchedule:
       start: the first step (counted from 0) with curvature. Until then, optimizers see the initial, empty one.
       batch_size: number of examples that a refresh sees; None is the training batch itself. A larger number is drawn
         from a stream of its own, so the order of the training data does not depend on it, and is micro-batched.
+      update_first: False lets a step move the parameters first, with the curvature as it was: independent of the batch
+        that it is applied to, and off the critical path. Only then the batch is absorbed, and the curvature refreshed,
+        still at the parameters of before.
     """
 
     update_every: Period = 1
     refresh_every: Period = 100
     start: int = 0
     batch_size: int | None = None
+    update_first: bool = True
 
     def __post_init__(self):
         for name in ("update_every", "refresh_every"):

@@ -108,16 +108,23 @@ def self_contained(
             missing = "objective" if objective is None else "batch"
             raise TypeError(f"self_contained(...).update() needs {missing}=, as it was given none when it was built.")
         step_key = jax.random.fold_in(state.key, state.count) if key is None else key
-        curvature = state.curvature
-        refresh = functools.partial(estimator.refresh, damping=damping_hint(state.inner))
-        for due, method in (
-            (_due(schedule.update_every, schedule, state.count), estimator.update),
-            (_due(schedule.refresh_every, schedule, state.count), refresh),
-        ):
-            run = lambda c, method=method: method(c, objective, params, batch, step_key)
-            curvature = jax.lax.cond(due, run, lambda c: c, curvature)
+
+        def advance(curvature, inner):
+            refresh = functools.partial(estimator.refresh, damping=damping_hint(inner))
+            for does, period, method in (
+                (estimator.absorbs, schedule.update_every, estimator.update),
+                (estimator.factorises, schedule.refresh_every, refresh),
+            ):
+                run = lambda c, method=method: method(c, objective, params, batch, step_key)
+                if does:
+                    curvature = jax.lax.cond(_due(period, schedule, state.count), run, lambda c: c, curvature)
+            return curvature
+
+        curvature = advance(state.curvature, state.inner) if schedule.update_first else state.curvature
         extra |= dict(curvature=curvature, objective=objective, batch=batch, key=step_key)
         updates, inner = tx.update(updates, state.inner, params, **extra)
+        if not schedule.update_first:
+            curvature = advance(curvature, inner)
         return updates, SelfContainedState(state.count + 1, inner, curvature, state.key)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -205,7 +205,8 @@ class Plan:
         """What the schedule has for a step."""
         if self.estimator is None:
             return Kind()
-        return Kind(self.estimator.absorbs and self.schedule.updates(step), self.schedule.refreshes(step))
+        update = self.estimator.absorbs and self.schedule.updates(step)
+        return Kind(update, self.estimator.factorises and self.schedule.refreshes(step))
 
     @functools.cached_property
     def kinds(self) -> list[Kind]:
@@ -230,7 +231,16 @@ class Plan:
     def lower(self, kind: Kind) -> Any:
         """The traced step of a kind: raises what is wrong with model, loss or optimizer, compiles nothing."""
         microbatch = self.config.batch_size // self.config.accumulate
-        step = train_step(kind, self.objective, self.tx, self.estimator, self.task.metrics, self.config.ema, microbatch)
+        step = train_step(
+            kind,
+            self.objective,
+            self.tx,
+            self.estimator,
+            self.task.metrics,
+            self.config.ema,
+            microbatch,
+            self.schedule.update_first,
+        )
         wide = self._abstract_batch(self.data.first(), self.refresh_multiple) if self.wide(kind) else None
         out = (self.layout, NamedSharding(self.mesh, PartitionSpec()))
         return jax.jit(step, donate_argnums=0, out_shardings=out).lower(self.state, self.batch, wide)

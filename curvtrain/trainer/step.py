@@ -42,11 +42,12 @@ def train_step(
     metrics_fn: MetricsFn,
     ema: float | None,
     refresh_microbatch: int | None,
+    update_first: bool = True,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function `(state, batch, curvature_batch) -> (state, metrics)` of one kind of step.
 
     `curvature_batch` is what a refresh sees, None for the training batch. Metrics are those of the batch before the
-    parameters move.
+    parameters move. `update_first`: whether the optimizer sees what this step makes of the curvature.
     """
 
     def step(state: TrainState, batch: Any, curvature_batch: Any) -> tuple[TrainState, Metrics]:
@@ -57,15 +58,17 @@ def train_step(
         observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), piece)
         loss, grads, model_state, seen = here.value_and_grad(state.params, batch, noise, observe=observe)
 
-        curvature = state.curvature
-        if estimator is not None and kind.update:
-            curvature = estimator.update(curvature, here, state.params, batch, noise)
-        if estimator is not None and kind.refresh:
-            wide = here if curvature_batch is None else here.with_microbatch(refresh_microbatch)
-            data = batch if curvature_batch is None else curvature_batch
-            curvature = estimator.refresh(
-                curvature, wide, state.params, data, refresh_key, damping=damping_hint(state.opt_state)
-            )
+        def advance(curvature, opt_state):
+            if estimator is not None and kind.update:
+                curvature = estimator.update(curvature, here, state.params, batch, noise)
+            if estimator is not None and kind.refresh:
+                wide = here if curvature_batch is None else here.with_microbatch(refresh_microbatch)
+                data = batch if curvature_batch is None else curvature_batch
+                damping = damping_hint(opt_state)
+                curvature = estimator.refresh(curvature, wide, state.params, data, refresh_key, damping=damping)
+            return curvature
+
+        curvature = advance(state.curvature, state.opt_state) if update_first else state.curvature
 
         # optax's line searches pass the other extra arguments on to value_fn, and reject those that it does not name
         def value_fn(params, *, batch=batch, key=noise, objective=here, curvature=None):
@@ -84,6 +87,8 @@ def train_step(
             value_fn=value_fn,
         )
         params = optax.apply_updates(state.params, updates)
+        if not update_first:
+            curvature = advance(curvature, opt_state)
         average = None if ema is None else moving_average(state.ema, params, ema)
         state = TrainState(state.step + 1, params, model_state, opt_state, curvature, average, state.key)
         return state, reduce_pieces(seen)

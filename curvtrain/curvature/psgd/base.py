@@ -178,11 +178,18 @@ def running_bound(L: jax.Array, present: jax.Array, decay: float) -> jax.Array:
     return jnp.maximum(jnp.maximum(decay * L + (1.0 - decay) * present, present), jnp.finfo(jnp.float32).tiny)
 
 
-def initial_scale(v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+def initial_scale(
+    v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None, entries: int | None = None
+) -> jax.Array:
     """The scale s of P = s I that fits pairs (v, h), sums over `axes`: sqrt(sum v^2 / sum h^2), or, whitening,
-    (mean h^4)^(-1/4), which one large entry cannot inflate. 1 where h is zero or not finite."""
+    (mean h^4)^(-1/4), which one large entry cannot inflate. 1 where h is zero or not finite.
+
+    `entries`: how many there are to the mean, if some of h is padding.
+    """
     if v is None:
-        scale = jnp.mean(jnp.square(jnp.square(h / _largest(h, axes))), axis=axes) ** -0.25
+        axes = tuple(range(h.ndim)) if axes is None else axes
+        entries = math.prod(h.shape[axis] for axis in axes) if entries is None else entries
+        scale = (jnp.sum(jnp.square(jnp.square(h / _largest(h, axes))), axis=axes) / entries) ** -0.25
         scale = scale / jnp.squeeze(_largest(h, axes), axis=axes if axes is not None else tuple(range(h.ndim)))
     else:
         scale = jnp.sqrt(jnp.sum(jnp.square(v), axis=axes) / jnp.sum(jnp.square(h), axis=axes))

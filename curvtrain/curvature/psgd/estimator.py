@@ -101,6 +101,8 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         fit the parameters, and a preconditioner that needs more memory than there is.
     """
 
+    factorises = False
+
     preconditioner: Preconditioner = dataclasses.field(default_factory=Kron)
     fit: str = "gradient"
     rate: Number = 0.1

@@ -160,7 +160,7 @@ class Kron(Preconditioner):
             first = usable & ~state["seen"]
 
             def start(Q, P):
-                each = initial_scale(V, H, axes) ** (1.0 / _factors(bucket))
+                each = initial_scale(V, H, axes, len(H) * bucket.entries) ** (1.0 / _factors(bucket))
                 return [_start_where(first, jnp.sqrt(each), q) for q in Q], [_start_where(first, each, p) for p in P]
 
             Q, P = jax.lax.cond(jnp.any(first), start, lambda Q, P: (Q, P), Q, P)
