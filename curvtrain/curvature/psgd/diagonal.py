@@ -15,8 +15,8 @@ from curvtrain.curvature.psgd.geometry import step_diagonal
 class Diagonal(Preconditioner):
     """One number for every parameter: n numbers, sharded like the parameters, and a step of its own for each leaf.
 
-    T1 = (P h)^2 and T2 = v^2 (whitening: 1), so an entry of P is fitted to rms(v) / rms(h): the inverse norm of a row of
-    the Hessian, or the inverse RMS of a gradient's entry. A layer of a stack counts as a leaf.
+    T1 = (P h)^2 and T2 = v^2 (whitening: 1), so an entry of P is fitted to rms(v) / rms(h): the inverse norm of a row
+    of the Hessian, or the inverse RMS of a gradient's entry. A layer of a stack counts as a leaf.
     """
 
     def init(self, structure):
