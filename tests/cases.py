@@ -48,6 +48,7 @@ CASES = {
     "Lanczos": Case(Lanczos(k=3, l=1, m=8), lambda: optim.fosi(optax.sgd(0.1, momentum=0.5))),
     "KFAC": Case(KFAC("exact"), kfac, inexact=SPLIT),
     "KFAC, eigh": Case(KFAC("empirical", inverse="eigh"), kfac),
+    "KFAC, stale": Case(KFAC("empirical", stale=0.1), kfac, inexact=SPLIT),
     "KFAC, ekfac": Case(KFAC("sampled", "reduce", "ekfac", scale_every=2), lambda: optim.kfac(0.1, 0.9, 0.1)),
     "DiagonalFisher": Case(DiagonalFisher("empirical"), by_curvature),
     "KroneckerDiagonal": Case(KroneckerDiagonal("sampled"), by_curvature),

@@ -42,11 +42,14 @@ def _zero_of(results: PyTree) -> jax.Array:
     return jnp.minimum(jnp.abs(jnp.nan_to_num(sum(entries, jnp.float32(0)))), 0.0)
 
 
-def inverse(X: jax.Array, shift: jax.Array) -> jax.Array:
+Kept = tuple[jax.Array, PyTree] | None  # (which matrices are due (L,), the results that stand for the others)
+
+
+def inverse(X: jax.Array, shift: jax.Array, kept: Kept = None) -> jax.Array:
     """(X + shift I)^-1 of a stack (L, d, d) of positive semi-definite matrices, shift (L,), by Cholesky.
 
     Reads the lower triangles. A matrix that is not positive definite gives NaN; whether an inverse is finite shows on
-    its diagonal.
+    its diagonal. Matrices that are not due cost nothing on a CPU; elsewhere a stack does of which none is due.
     """
 
     def damped(X, shift):
@@ -58,25 +61,36 @@ def inverse(X: jax.Array, shift: jax.Array) -> jax.Array:
         half = jax.scipy.linalg.solve_triangular(L, eye, lower=True)
         return jnp.swapaxes(half, -1, -2) @ half
 
-    return _each(lambda X, shift: _inverse(damped(X, shift)), batched, X, shift)
+    return _each(lambda X, shift: _inverse(damped(X, shift)), batched, (X, shift), kept)
 
 
-def eigh(X: jax.Array) -> tuple[jax.Array, jax.Array]:
+def eigh(X: jax.Array, kept: Kept = None) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues (L, d), ascending, and eigenvectors (L, d, d) as columns, of a stack of symmetric matrices."""
     function = lambda X: tuple(jnp.linalg.eigh(X, symmetrize_input=False))
-    return _each(function, function, 0.5 * (X + jnp.swapaxes(X, -1, -2)))
+    return _each(function, function, (0.5 * (X + jnp.swapaxes(X, -1, -2)),), kept)
 
 
-def _each(one: Callable[..., Any], batched: Callable[..., Any], *stacks: jax.Array) -> Any:
+def _each(one: Callable[..., Any], batched: Callable[..., Any], stacks: tuple[jax.Array, ...], kept: Kept) -> Any:
     """batched(*stacks); on a CPU `one` of every matrix of them."""
 
-    def each(*stacks):
+    def single(arguments):
+        stacks, kept = arguments
+        return one(*stacks) if kept is None else jax.lax.cond(kept[0], lambda: one(*stacks), lambda: kept[1])
+
+    def each(stacks, kept):
         if len(stacks[0]) == 1:
-            return jax.tree.map(lambda a: a[None], one(*(X[0] for X in stacks)))
-        return jax.lax.map(lambda X: one(*X), stacks)
+            return jax.tree.map(lambda a: a[None], single(jax.tree.map(lambda a: a[0], (stacks, kept))))
+        return jax.lax.map(single, (stacks, kept))
+
+    def together(stacks, kept):
+        if kept is None:
+            return batched(*stacks)
+        due, old = kept
+        pick = lambda a, b: jnp.where(due.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+        return jax.lax.cond(jnp.any(due), lambda: jax.tree.map(pick, batched(*stacks), old), lambda: old)
 
     with trees.exact():
-        return jax.lax.platform_dependent(*stacks, cpu=each, default=batched)
+        return jax.lax.platform_dependent(stacks, kept, cpu=each, default=together)
 
 
 def _inverse(X: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """K-FAC: Kronecker factors from statistics of layers, factorised in stacks of equal size.
 
 Martens and Grosse (2015), arXiv 1503.05671; convolutions: Grosse and Martens (2016), arXiv 1602.01407; weight sharing:
-Eschenhagen et al. (2023), arXiv 2311.00636; EKFAC: George et al. (2018), arXiv 1806.03884. Symbols in `factors.py`.
+Eschenhagen et al. (2023), arXiv 2311.00636; EKFAC: George et al. (2018), arXiv 1806.03884. Symbols in `factors.py`, the
+rule for stale factors in `stale.py`.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from curvtrain.curvature.capture.layers import Layer, MatrixLayer
 from curvtrain.curvature.capture.statistics import WEIGHT_SHARING, KroneckerStatistic
 from curvtrain.curvature.kfac import factors as kf
 from curvtrain.curvature.kfac.factors import INVERSES, KroneckerFactors
+from curvtrain.curvature.kfac.stale import Staleness
 from curvtrain.objective import Objective, safe
 
 PyTree = Any
@@ -45,6 +47,10 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
       ema: decay of the moving averages over updates, debiased; 0 keeps the last batch alone.
       damping: what `refresh` factorises for if it gets no hint.
       scale_every: updates between two of EKFAC's second moments.
+      stale: alpha, e.g. 0.1: every factor has an interval of its own, and a refresh factorises only those that are due;
+        one that changes by less than this relative to its size waits longer (Osawa et al. 2020, arXiv 2002.06015; see
+        `stale.py`). With inverse="cholesky" another damping makes all due. Embeddings' bases are always refreshed.
+        Costs the memory of two more copies of the factors. None: all factors at every refresh.
       uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.
       plain: regular expression; layers and parameters whose path it matches get that diagonal too.
 
@@ -61,6 +67,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
     ema: float = 0.95
     damping: float = 1e-3
     scale_every: int = 1
+    stale: float | None = None
     uncovered: str = "error"
     plain: str | None = None
 
@@ -71,6 +78,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         _checks.number_in("KFAC(ema)", self.ema, 0.0, 1.0, open_high=True)
         _checks.number_in("KFAC(damping)", self.damping, 0.0)
         _checks.positive_int("KFAC(scale_every)", self.scale_every)
+        if self.stale is not None:
+            _checks.number_in("KFAC(stale)", self.stale, 0.0, 1.0, open_low=True, open_high=True)
         _checks.one_of("KFAC(uncovered)", self.uncovered, UNCOVERED)
 
     def coverage(self, objective: Objective | None, params: PyTree) -> Coverage:
@@ -96,6 +105,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 bases[layer.name] = {"Q": square + jnp.eye(D), "G": zero, "A_head": zero}
             elif isinstance(layer, NormLayer):
                 norms[layer.name] = jnp.zeros((layer.copies * layer.channels, layer.units, layer.units))
+        scales = {m.name: jnp.zeros((m.copies, m.d_i, m.d_o)) for m in kf.matrices_of(coverage)} if ekfac else {}
         return KroneckerFactors(
             factors=stacks,
             embeddings=embeddings,
@@ -106,8 +116,9 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             vectors={} if cholesky else eyes,
             values={} if cholesky else {size: jnp.zeros((count, d)) for size, (d, count) in sizes.items()},
             bases=bases,
-            scales={m.name: jnp.zeros((m.copies, m.d_i, m.d_o)) for m in kf.matrices_of(coverage)} if ekfac else {},
+            scales=scales,
             scale_weight=jnp.float32(0),
+            stale=Staleness.begin(*((stacks, scales) if self.stale else ({}, {}))),
             damping=jnp.float32(jnp.nan),
             updates=jnp.int32(0),
             refreshes=jnp.int32(0),
@@ -144,6 +155,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         layout = dict(kf.layout_of(c.coverage).at)
         embeddings, norms, new_scales = {}, {}, dict(c.scales)
         scale_weight = self.ema * c.scale_weight + 1.0
+        scale_weights = {name: self.ema * w + 1.0 for name, w in c.stale.scale_weights.items()}
         for layer in c.coverage.known:
             x = found[layer.name]
             if isinstance(layer, MatrixLayer):
@@ -152,7 +164,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 stacks[g].append((x["G"] / W).reshape(layer.copies, layer.d_o, layer.d_o))
                 if scales:
                     S, old = x["S"].reshape(layer.copies, layer.d_i, layer.d_o) / W, c.scales[layer.name]
-                    new_scales[layer.name] = old + (S - old) / scale_weight
+                    own = scale_weights[layer.name][:, None, None] if scale_weights else scale_weight
+                    new_scales[layer.name] = old + (S - old) / own
             elif isinstance(layer, EmbedLayer):
                 K, e = layer.copies, c.embeddings[layer.name]
                 x = {
@@ -174,33 +187,48 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             weight=weight,
             scales=new_scales,
             scale_weight=scale_weight if scales else c.scale_weight,
+            stale=dataclasses.replace(c.stale, scale_weights=scale_weights) if scales else c.stale,
         )
         new = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, c)
         return dataclasses.replace(new, updates=c.updates + 1, skipped=c.skipped + ~usable)
 
     def refresh(self, curvature: KroneckerFactors, objective, params, batch, key, damping=None) -> KroneckerFactors:
-        c = curvature
+        c, cholesky = curvature, self.inverse == "cholesky"
         damping = jnp.float32(self.damping if damping is None else damping)
-        if self.inverse == "cholesky":
-            inverses, failures = c.damped_inverses(damping)
+        stale, due = c.stale, None
+        if self.stale is not None:
+            stale = stale.refresh(forced=(damping != c.damping) if cholesky else False)
+            due = stale.due
+        if cholesky:
+            inverses, finite = c.damped_inverses(damping, due)
             new: dict[str, Any] = {"inverses": inverses}
         else:
-            found = stacks.in_turn(lambda _, X: _positive(*stacks.eigh(X)), c.factors)
-            cached = {size: (c.values[size], c.vectors[size]) for size in found}
-            found, failures = kf.keep_finite(found, cached)
+            cached = {size: (c.values[size], c.vectors[size]) for size in c.factors}
+            kept = {} if due is None else {size: (due[size], cached[size]) for size in cached}
+            found = stacks.in_turn(lambda size, X: _positive(*stacks.eigh(X, kept.get(size))), c.factors)
+            found, finite = kf.keep_finite(found, cached)
             values = {size: pair[0] for size, pair in found.items()}
             new = {"values": values, "vectors": {size: pair[1] for size, pair in found.items()}}
             if self.inverse == "ekfac":  # the second moments of another basis say nothing of this one
-                seeds = {}
+                seeds, weights = {}, {}
                 for layer in kf.matrices_of(c.coverage):
                     alpha, gamma = c.pair(values, layer.name)
                     seeds[layer.name] = alpha[:, :, None] * gamma[:, None, :]
+                    if due is not None:
+                        moved = functools.reduce(operator.or_, c.pair(due, layer.name))
+                        seeds[layer.name] = jnp.where(moved[:, None, None], seeds[layer.name], c.scales[layer.name])
+                        weights[layer.name] = jnp.where(moved, 1.0, stale.scale_weights[layer.name])
+                stale = dataclasses.replace(stale, scale_weights=weights)
                 new |= {"scales": seeds, "scale_weight": jnp.float32(1)}
+        if self.stale is not None:
+            stale = stale.refreshed(c.factors, finite, self.stale)
         mixed = {name: _mixed(e) for name, e in c.embeddings.items()}
         eigen = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=new)
-        bases, more = kf.keep_finite({name: _basis(e, eigen[name]) for name, e in c.embeddings.items()}, c.bases)
-        failures += c.failures + more
-        return dataclasses.replace(c, **new, bases=bases, damping=damping, refreshes=c.refreshes + 1, failures=failures)
+        bases, whole = kf.keep_finite({name: _basis(e, eigen[name]) for name, e in c.embeddings.items()}, c.bases)
+        failures = sum((jnp.sum(~ok, dtype=jnp.int32) for ok in (*finite.values(), *whole.values())), c.failures)
+        return dataclasses.replace(
+            c, **new, stale=stale, bases=bases, damping=damping, refreshes=c.refreshes + 1, failures=failures
+        )
 
     def partition_specs(self, curvature: KroneckerFactors, param_specs, mesh):
         """Factors and what is made of them are replicated."""
@@ -211,19 +239,23 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         coverage, blocks = curvature.coverage, {}
         for layer in coverage.layers:
             if isinstance(layer, MatrixLayer):
-                floats = 2 * layer.copies * (layer.d_i**2 + layer.d_o**2)  # factors, and their inverses or eigenvectors
+                squares = layer.d_i**2 + layer.d_o**2
+                size = 8 * squares  # factors, and their inverses or eigenvectors
                 if self.inverse != "cholesky":
-                    floats += layer.copies * (layer.d_i + layer.d_o)
-                floats += layer.copies * layer.d_i * layer.d_o * (self.inverse == "ekfac")
+                    size += 4 * (layer.d_i + layer.d_o)
+                size += 4 * layer.d_i * layer.d_o * (self.inverse == "ekfac")
+                if self.stale is not None:  # two more copies of both, three integers and a bool each
+                    size += 8 * squares + 2 * 13 + 4 * (self.inverse == "ekfac")
+                size *= layer.copies
                 kind = f"{self.inverse} {layer.d_i} x {layer.d_o}" + (f" x {layer.copies}" if layer.copies > 1 else "")
             elif isinstance(layer, EmbedLayer):
                 arrays = (curvature.embeddings[layer.name], curvature.bases[layer.name])
-                floats, kind = sum(a.size for a in jax.tree.leaves(arrays)), "diagonal x dense"
+                size, kind = 4 * sum(a.size for a in jax.tree.leaves(arrays)), "diagonal x dense"
             elif isinstance(layer, NormLayer):
-                floats, kind = curvature.norms[layer.name].size, f"unit-wise {layer.units} x {layer.units}"
+                size, kind = 4 * curvature.norms[layer.name].size, f"unit-wise {layer.units} x {layer.units}"
             else:
-                floats, kind = layer.size, "diagonal"
-            blocks[layer.name] = (kind, 4 * floats)
+                size, kind = 4 * layer.size, "diagonal"
+            blocks[layer.name] = (kind, size)
         return coverage.table(blocks)
 
 

@@ -32,6 +32,7 @@ from curvtrain.curvature import stacks, trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.capture import Coverage, EmbedLayer, NormLayer, PlainParameter
 from curvtrain.curvature.capture.layers import Layer, MatrixLayer
+from curvtrain.curvature.kfac.stale import Staleness
 from curvtrain.curvature.products import as_matrix
 
 PyTree = Any
@@ -92,6 +93,7 @@ class KroneckerFactors(Curvature):
       bases: for each embedding, eigenvectors (K, D, D) of its rows' matrix, and the diagonals (K, D) of G and A_head.
       scales: "ekfac": for each matrix, S (K, d_i, d_o).
       scale_weight: as `weight`, for S in the present basis.
+      stale: what is remembered of each factor where each has an interval of its own between refreshes.
       damping: that the inverses were made for; NaN before the first refresh.
       updates, refreshes: so far.
       failures: factors and embeddings whose factorisation was not finite; the last good one was kept.
@@ -109,6 +111,7 @@ class KroneckerFactors(Curvature):
     bases: dict[str, Arrays]
     scales: Arrays
     scale_weight: jax.Array
+    stale: Staleness
     damping: jax.Array
     updates: jax.Array
     refreshes: jax.Array
@@ -132,10 +135,10 @@ class KroneckerFactors(Curvature):
         ok = (a > 0) & (g > 0)
         return jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0))
 
-    def damped_inverses(self, damping: jax.Array | float) -> tuple[Arrays, jax.Array]:
-        """The inverses of all factors with the damping split by pi, stack by stack in one batched call.
+    def damped_inverses(self, damping: jax.Array | float, due: Arrays | None = None) -> tuple[Arrays, Arrays]:
+        """The inverses of all factors with the damping split by pi, stack by stack; or of those that are due.
 
-        Returns (inverses, failures): where an inverse is not finite, the cached one stands, and it counts as a failure.
+        Returns (inverses, whether they are finite (L,)): where one is not finite, or not due, the cached one stands.
         """
         root = jnp.sqrt(jnp.float32(damping))
         parts: dict[str, list[jax.Array]] = {size: [] for size in self.factors}
@@ -144,7 +147,8 @@ class KroneckerFactors(Curvature):
             parts[a].append(pi * root)
             parts[g].append(root / pi)
         shifts = {size: jnp.concatenate(shift) for size, shift in parts.items()}
-        new = stacks.in_turn(lambda size, shift: stacks.inverse(self.factors[size], shift), shifts)
+        kept = {} if due is None else {size: (due[size], self.inverses[size]) for size in shifts}
+        new = stacks.in_turn(lambda size, shift: stacks.inverse(self.factors[size], shift, kept.get(size)), shifts)
         return keep_finite(new, self.inverses, {size: diagonals(X) for size, X in new.items()})
 
     # -- as a matrix ---------------------------------------------------------------------------------------------------
@@ -230,7 +234,7 @@ class KroneckerFactors(Curvature):
         return self.coverage.vector({layer.name: layer.matrix(zeros[layer.name]) for layer in self.coverage.layers})
 
     def telemetry(self) -> dict[str, jax.Array]:
-        """Damping of the cached factorisation, largest and mean trace of a factor, and failures."""
+        """Largest and mean trace of a factor, counts, and with `stale` the share of factors at the last refresh."""
         traces = [jnp.sum(diagonals(X), axis=-1) for X in self.factors.values()]
         traces = jnp.concatenate(traces) if traces else jnp.zeros(1)
         return {
@@ -239,7 +243,7 @@ class KroneckerFactors(Curvature):
             "refreshes": self.refreshes,
             "failures": self.failures,
             "skipped": self.skipped,
-        }
+        } | ({"refreshed_share": self.stale.share()} if self.stale.due else {})
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -296,20 +300,19 @@ def diagonals(X: jax.Array) -> jax.Array:
     return jnp.diagonal(X, axis1=-2, axis2=-1)
 
 
-def keep_finite(new: PyTree, old: PyTree, shown: PyTree = None) -> tuple[PyTree, jax.Array]:
-    """(new, but old where its leading axis has an entry that is not finite; how many such there are).
+def keep_finite(new: PyTree, old: PyTree, shown: PyTree = None) -> tuple[PyTree, Arrays]:
+    """(new, but old where its leading axis has an entry that is not finite; by name, which entries are finite).
 
     Dictionaries by name; the arrays of one name share their leading axis and stand or fall together. `shown` has, by
     name, what shows whether they are finite, if less than all of `new` does.
     """
-    kept, failures = {}, jnp.int32(0)
+    kept, finite = {}, {}
     for name, arrays in new.items():
         entries = [jnp.isfinite(a).reshape(len(a), -1).all(1) for a in jax.tree.leaves((shown or new)[name])]
-        finite = functools.reduce(jnp.logical_and, entries)
-        pick = lambda a, b, ok=finite: jnp.where(ok.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
+        finite[name] = ok = functools.reduce(jnp.logical_and, entries)
+        pick = lambda a, b, ok=ok: jnp.where(ok.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
         kept[name] = jax.tree.map(pick, arrays, old[name])
-        failures += jnp.sum(~finite, dtype=jnp.int32)
-    return kept, failures
+    return kept, finite
 
 
 def to_units(M: jax.Array) -> jax.Array:
