@@ -95,38 +95,40 @@ def _each(one: Callable[..., Any], batched: Callable[..., Any], stacks: tuple[ja
 
 def _inverse(X: jax.Array) -> jax.Array:
     """The inverse of a positive definite matrix, block by block: L^-T L^-1 for X = L L^T."""
-    if len(X) <= _block(X):
-        half = _half_inverse(X, _block(X))
-        return half.T @ half
-    P, M, S = _halves(X, _block(X))
-    off = S.T @ M
-    return jnp.block([[P.T @ P + M.T @ M, off.T], [off, S.T @ S]])
+    block = max(_SMALL, -(-len(X) // (_BLOCKS * _SMALL)) * _SMALL)  # so that the size of the program is bounded
+    return _gram(_half_inverse(X, block), block)
 
 
 def _half_inverse(X: jax.Array, block: int) -> jax.Array:
     """L^-1."""
     d = len(X)
-    if d > block:
-        P, M, S = _halves(X, block)
-        return jnp.block([[P, jnp.zeros((len(P), len(S)), X.dtype)], [M, S]])
-    # The factor of [[X, I], [I, infinity]] is [[L, 0], [L^-T, infinity]]: for small blocks faster than a triangular
-    # solve, for which LAPACK starts threads whatever the size.
-    eye = jnp.eye(d, dtype=X.dtype)
-    bordered = jnp.block([[X, eye], [eye, 0.1 * jnp.finfo(X.dtype).max * eye]])
-    return jnp.linalg.cholesky(bordered, symmetrize_input=False)[d:, :d].T
-
-
-def _halves(X: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """P, M and S of L^-1 = [[P, 0], [M, S]]; the size of P is a power of two of blocks."""
-    k = block
-    while 2 * k < len(X):
-        k *= 2
+    if d <= block:
+        # The factor of [[X, I], [I, infinity]] is [[L, 0], [L^-T, infinity]]: for small blocks faster than a triangular
+        # solve, for which LAPACK starts threads whatever the size.
+        eye = jnp.eye(d, dtype=X.dtype)
+        bordered = jnp.block([[X, eye], [eye, 0.1 * jnp.finfo(X.dtype).max * eye]])
+        return jnp.linalg.cholesky(bordered, symmetrize_input=False)[d:, :d].T
+    k = _split(d, block)
     P = _half_inverse(X[:k, :k], block)
     W = X[k:, :k] @ P.T  # [[L_1, 0], [W, L_2]] [[L_1, 0], [W, L_2]]^T = X
     S = _half_inverse(X[k:, k:] - W @ W.T, block)
-    return P, -S @ (W @ P), S
+    return jnp.block([[P, jnp.zeros((k, d - k), X.dtype)], [-S @ (W @ P), S]])
 
 
-def _block(X: jax.Array) -> int:
-    """The size up to which LAPACK factorises: a number of blocks, and so a size of the program, that is bounded."""
-    return max(_SMALL, -(-len(X) // (_BLOCKS * _SMALL)) * _SMALL)
+def _gram(H: jax.Array, block: int) -> jax.Array:
+    """H^T H of a lower triangular matrix, without the products with its zeros."""
+    d = len(H)
+    if d <= 4 * block:
+        return H.T @ H
+    k = _split(d, block)
+    P, M, S = H[:k, :k], H[k:, :k], H[k:, k:]
+    off = S.T @ M
+    return jnp.block([[_gram(P, block) + M.T @ M, off.T], [off, _gram(S, block)]])
+
+
+def _split(d: int, block: int) -> int:
+    """The largest power of two of blocks that is below d."""
+    k = block
+    while 2 * k < d:
+        k *= 2
+    return k

@@ -68,6 +68,25 @@ def test_a_matrix_without_an_inverse_shows_on_the_diagonal(d):
     np.testing.assert_array_equal(got[0], got[3])
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+@pytest.mark.parametrize("due", [(True, False, True), (False, False, False), (True, True, True)])
+def test_what_is_not_due_is_kept(together, due, monkeypatch):
+    """Matrix by matrix, as on a CPU, or in a batch, as elsewhere."""
+    if together:
+        monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    X, due = np.stack([spd(40, 1e2, seed) for seed in range(3)]), np.array(due)
+    old = np.arange(3.0, dtype=np.float32)[:, None, None] + np.zeros_like(X)
+    found = jax.jit(stacks.inverse)(X, np.full(3, 0.1, np.float32), (due, old))
+    for got, x, before, now in zip(found, X, old, due, strict=True):
+        assert error(got, x, 0.1) <= 1e-5 if now else np.array_equal(got, before)
+    values, Q = jax.jit(stacks.eigh)(X, (due, (old[:, 0], old)))
+    for i, now in enumerate(due):
+        if now:
+            np.testing.assert_allclose(Q[i] * values[i] @ Q[i].T, X[i], atol=1e-5)
+        else:
+            assert np.array_equal(values[i], old[i, 0]) and np.array_equal(Q[i], old[i])
+
+
 def test_eigenvectors_of_each_matrix():
     X = np.stack([spd(9, 1e3, seed) for seed in range(3)])
     for values, Q, x in zip(*jax.jit(stacks.eigh)(X), X, strict=True):
