@@ -8,12 +8,19 @@ import optax
 from curvtrain import optim
 from curvtrain.curvature import (
     KFAC,
+    PSGD,
+    Affine,
     CurvatureEstimator,
+    Dense,
+    Diagonal,
     DiagonalFisher,
     FullBlock,
+    Kron,
     KroneckerDiagonal,
     Lanczos,
+    LowRank,
     UnitWise,
+    XMat,
 )
 
 SPLIT = "its solve is an approximation of (C + damping I)^-1: the damping is split over the factors"
@@ -28,12 +35,24 @@ class Case:
       optimizer: makes the transformation.
       dampings: for which `solve` is looked at; those of an indefinite curvature keep clear of its eigenvalues.
       inexact: why its `solve` is not (C + damping I)^-1; empty if it is.
+      fitted: whether it starts as the identity, and its `solve` takes no damping.
+      rounding: of its `solve` with parameters in bfloat16, against the same numbers in float32: where an estimator
+        takes the training step's own gradients, these are in bfloat16.
     """
 
     estimator: CurvatureEstimator
     optimizer: Callable[[], optax.GradientTransformation]
     dampings: tuple[float, ...] = (0.02, 0.1, 7.0)
     inexact: str = ""
+    fitted: bool = False
+    rounding: float = 1e-6
+
+
+def psgd(preconditioner, fit="gradient", rate=0.02, **options):
+    """A case of a fitted preconditioner."""
+    estimator = PSGD(preconditioner, fit, 0.3, **options)
+    rounding = 1e-2 if fit == "gradient" else 1e-6
+    return Case(estimator, lambda: optim.psgd(rate), dampings=(0.0,), fitted=True, rounding=rounding)
 
 
 def by_curvature(damping=0.1):
@@ -55,6 +74,13 @@ CASES = {
     "UnitWise": Case(UnitWise("exact"), by_curvature),
     "FullBlock": Case(FullBlock("exact"), kfac),
     "FullBlock, hessian": Case(FullBlock("hessian"), lambda: by_curvature(5.0), dampings=(3.0, 7.0)),
+    "PSGD, Kron": psgd(Kron(), momentum=0.9),
+    "PSGD, Kron in blocks": psgd(Kron("QUAD", block_size=2), "hessian", 0.1, probes=2),
+    "PSGD, Affine": psgd(Affine(), "ggn", 0.1, update_probability=0.5),
+    "PSGD, LowRank": psgd(LowRank(2)),
+    "PSGD, XMat": psgd(XMat(), "ggn", 0.1),
+    "PSGD, Dense": psgd(Dense(), "hessian", 0.1, update_probability=0.5, rule="bernoulli"),
+    "PSGD, Diagonal": psgd(Diagonal()),
 }
 
 # name -> (makes the transformation, an estimator of a curvature that it takes)
@@ -64,4 +90,6 @@ OPTIMIZERS = {
     "kfac, fixed": (lambda: optim.kfac(0.1, 0.9, 0.1, norm_constraint=1e-3), DiagonalFisher()),
     "natural_gradient": (lambda: optim.natural_gradient(0.1, momentum=0.9, l2=1e-3, lars=True), UnitWise()),
     "scale_by_curvature": (by_curvature, UnitWise()),
+    "psgd": (lambda: optim.psgd(0.01, weight_decay=0.1, clip_global_norm=1.0), PSGD()),
+    "psgd, nesterov": (lambda: optim.psgd(0.01, nesterov=True, style="adam"), PSGD(Kron("EQ"), "hessian")),
 }

@@ -22,7 +22,11 @@ from curvtrain.curvature.products import hvp as hvp
 from curvtrain.curvature.psgd import PSGD as PSGD
 from curvtrain.curvature.psgd import Affine as Affine
 from curvtrain.curvature.psgd import Annealed as Annealed
+from curvtrain.curvature.psgd import Dense as Dense
+from curvtrain.curvature.psgd import Elementwise as Elementwise
 from curvtrain.curvature.psgd import FittedPreconditioner as FittedPreconditioner
 from curvtrain.curvature.psgd import Kron as Kron
+from curvtrain.curvature.psgd import LowRank as LowRank
 from curvtrain.curvature.psgd import Preconditioner as Preconditioner
+from curvtrain.curvature.psgd import XMat as XMat
 from curvtrain.curvature.schedule import CurvatureSchedule as CurvatureSchedule

@@ -41,7 +41,7 @@ Arrays = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Diagonal(Curvature):
-    """C = diag(values).
+    """C = diag(values). Without values, the name of PSGD's diagonal family: `PSGD(Diagonal())`.
 
     Attributes:
       values: float32, like the parameters.
@@ -49,7 +49,7 @@ class Diagonal(Curvature):
       skipped: int32 (): updates with statistics that were not finite, or of no example; nothing was absorbed.
     """
 
-    values: PyTree
+    values: PyTree = ()
     weight: jax.Array = dataclasses.field(default_factory=lambda: jnp.float32(0))
     skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
 

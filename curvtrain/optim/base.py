@@ -109,13 +109,15 @@ def self_contained(
             raise TypeError(f"self_contained(...).update() needs {missing}=, as it was given none when it was built.")
         step_key = jax.random.fold_in(state.key, state.count) if key is None else key
 
+        here: Objective = objective
+
         def advance(curvature, inner):
             refresh = functools.partial(estimator.refresh, damping=damping_hint(inner))
             for does, period, method in (
                 (estimator.absorbs, schedule.update_every, estimator.update),
                 (estimator.factorises, schedule.refresh_every, refresh),
             ):
-                run = lambda c, method=method: method(c, objective, params, batch, step_key)
+                run = lambda c, method=method: method(c, here, params, batch, step_key)
                 if does:
                     curvature = jax.lax.cond(_due(period, schedule, state.count), run, lambda c: c, curvature)
             return curvature

@@ -1,4 +1,4 @@
-"""How often a preconditioner is fitted: often at first, then ever more rarely."""
+"""Numbers that fall with time: how often a preconditioner is fitted, and at what rate."""
 
 import dataclasses
 import math
@@ -9,13 +9,27 @@ import jax.numpy as jnp
 
 from curvtrain import _checks
 
+RULES = ("deterministic", "bernoulli")
+_SURE = 2  # the first calls fit whatever the probability
+_ROUNDING = 1e-5  # of a number of calls times a probability that should be 1
+
+
+def is_due(rule: str, probability: Any, calls: jax.Array, waited: jax.Array, key: jax.Array) -> jax.Array:
+    """Whether the call after `calls`, and after `waited` since the last fit, is to fit.
+
+    "deterministic": the first, then as soon as 1 / probability have passed. "bernoulli": the first two, then by chance.
+    """
+    if rule == "bernoulli":
+        return (jax.random.uniform(key) < probability) | (calls < _SURE)
+    return ((waited + 1) * probability >= 1.0 - _ROUNDING) | (calls == 0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Annealed:
-    """p(t) = min(high, max(low, high exp(-decay (t - flat)))): the share of steps that fit, around step t.
+    """p(t) = min(high, max(low, high exp(-decay (t - flat)))).
 
-    For `PSGD(update_probability=Annealed())`, or, decided on the host,
-    `CurvatureSchedule(update_every=Annealed().period)`.
+    As the share of steps that fit: `PSGD(update_probability=Annealed())`, or, decided on the host,
+    `CurvatureSchedule(update_every=Annealed().period)`. As the rate of the fits: `PSGD(rate=Annealed(0.5, 0.1))`.
     """
 
     high: float = 1.0

@@ -21,6 +21,8 @@ from curvtrain.curvature.psgd.base import running_bound
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)
 
+_LONGEST = 0.99  # a step of 1 may take a factor to zero, from where none comes back
+
 GEOMETRIES = ("PRO", "QUAD", "EQ", "QEQ", "QEP")
 ORDERS = ("bounded", "2nd", "1st")
 
@@ -41,7 +43,7 @@ def step_dense(
     if order == "1st":
         present = direction_bound(jnp.triu(E) if geometry == "EQ" else E)
     size = L if order == "bounded" else jnp.maximum(present, _TINY)
-    E = (rate / size)[..., None, None] * E  # with sigma
+    E = (jnp.minimum(rate, _LONGEST) / size)[..., None, None] * E  # with sigma
     if geometry == "EQ":
         Q = Q - jnp.triu(E) @ Q
     elif geometry == "QEP":
@@ -74,7 +76,7 @@ def step_diagonal(
     if order == "1st":
         present = jnp.max(jnp.abs(E), axis=axes)
     size = L if order == "bounded" else jnp.maximum(present, _TINY)
-    E = rate / jnp.expand_dims(size, axes) * E
+    E = jnp.minimum(rate, _LONGEST) / jnp.expand_dims(size, axes) * E
     return q * (jnp.square(1.0 - 0.5 * E) if geometry == "QUAD" else 1.0 - E), L
 
 

@@ -40,15 +40,16 @@ class LowRank(Preconditioner):
 
     Every step fits d, and U or V, each with probability 1/2 by the key. Whitening draws its v from the key too.
 
-    At the start P = I only up to U and V, whose norms are sqrt(0.1). What makes P small along few directions is learnt
-    slowly, in steps proportional to K.
+    U starts as zero and V at random, so that P is a multiple of I before the first fit, and fits a multiple of I at
+    once; the original starts both at random. What makes P small along few directions is learnt slowly, in steps
+    proportional to K.
 
     Attributes:
       rank: r, the number of columns of U and V. 0 leaves the diagonal.
       order: how a step is normalised. "bounded": by a running bound of the curvature for each of d, U and V, after U
         and V have been made more alike. As in the original code, without memory: "2nd", by the present bound of the
         curvature, or "1st", by the size of the direction; both rescale U and V once in 100 steps or so.
-      seed: of the random U and V at the start.
+      seed: of the random V at the start.
     """
 
     rank: int = 10
@@ -76,8 +77,8 @@ class LowRank(Preconditioner):
             "seen": jnp.bool_(False),
         }
         if self.rank:
-            keys = jax.random.split(jax.random.key(self.seed))
-            state |= {"U": self._basis(keys[0], structure), "V": self._basis(keys[1], structure)}
+            V = self._basis(jax.random.key(self.seed), structure)
+            state |= {"U": jax.tree.map(jnp.zeros_like, V), "V": V}
         return state
 
     def _basis(self, key: jax.Array, structure: Structure) -> PyTree:
@@ -168,12 +169,14 @@ class LowRank(Preconditioner):
     def _balanced(self, key: jax.Array, U: PyTree, V: PyTree) -> tuple[PyTree, PyTree]:
         """U and V of equal norms, and the same U V^T. "bounded": of more equal U^T U and V^T V too."""
         UU, VV = _inner(U, U), _inner(V, V)
-        ratio = (jnp.maximum(jnp.trace(UU), _TINY) / jnp.maximum(jnp.trace(VV), _TINY)) ** 0.25
+        sizes = jnp.trace(UU), jnp.trace(VV)
+        both = (sizes[0] > 0) & (sizes[1] > 0)  # at the start U is zero
+        ratio = jnp.where(both, sizes[0] / jnp.where(both, sizes[1], 1.0), 1.0) ** 0.25
         if self.order != "bounded":
             ratio = jnp.where(jax.random.bernoulli(key, _RESCALES), ratio, 1.0)
             return trees.scale(1.0 / ratio, U), trees.scale(ratio, V)
         UU, VV = UU / ratio**2, VV * ratio**2
-        S = 0.1 * (UU - VV) / jnp.maximum(jnp.trace(UU) + jnp.trace(VV), _TINY)
+        S = jnp.where(both, 0.1 / jnp.maximum(jnp.trace(UU) + jnp.trace(VV), _TINY), 0.0) * (UU - VV)
         even = jnp.eye(self.rank) + 0.5 * S @ S  # exp(-S) and exp(S) to second order
         return _mix((even - S) / ratio, U), _mix((even + S) * ratio, V)
 

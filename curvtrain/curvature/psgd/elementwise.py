@@ -12,7 +12,7 @@ from curvtrain.curvature.psgd.geometry import step_diagonal
 
 
 @dataclasses.dataclass(frozen=True)
-class Diagonal(Preconditioner):
+class Elementwise(Preconditioner):
     """One number for every parameter: n numbers, sharded like the parameters, and a step of its own for each leaf.
 
     T1 = (P h)^2 and T2 = v^2 (whitening: 1), so an entry of P is fitted to rms(v) / rms(h): the inverse norm of a row
