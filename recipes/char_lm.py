@@ -24,7 +24,7 @@ from common.runs import RunOptions, run
 from common.text import TextData, load_text
 
 RATES = {"adam": 3e-3, "adamw": 3e-3, "momentum": 0.3, "nesterov": 0.3, "sgd": 1.0}
-RATES |= {f"fosi_{name}": rate for name, rate in RATES.items()}
+RATES |= {"psgd": 1e-3} | {f"fosi_{name}": rate for name, rate in RATES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Options(RunOptions):
       width: of the model.
       heads: of the transformer's attention.
       dropout: rate.
+      scan: keep the transformer's blocks in one stack: compile time does not grow with the depth.
       remat: recompute the transformer's blocks in the backward pass: less memory, more time.
     """
 
@@ -49,6 +50,7 @@ class Options(RunOptions):
     width: int = 64
     heads: int = 4
     dropout: float = 0.0
+    scan: bool = False
     remat: bool = False
     batch_size: int = 32
     steps: int = 500
@@ -73,6 +75,7 @@ class CharTrainer(curvtrain.Trainer):
             width=o.width,
             heads=o.heads,
             dropout=o.dropout,
+            scan=o.scan,
             remat=o.remat,
             rngs=rngs,
         )

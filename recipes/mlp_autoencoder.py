@@ -25,7 +25,7 @@ from common.images import load_images
 from common.runs import RunOptions, run
 
 RATES = {"adam": 1e-2, "adamw": 1e-2, "momentum": 3e-2, "nesterov": 3e-2, "sgd": 3e-2}
-RATES |= {f"fosi_{name}": rate for name, rate in RATES.items()}
+RATES |= {"psgd": 3e-3} | {f"fosi_{name}": rate for name, rate in RATES.items()}
 
 
 @dataclasses.dataclass(frozen=True)

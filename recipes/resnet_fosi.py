@@ -22,7 +22,7 @@ from common.resnet import ResNet
 from common.runs import RunOptions, run
 
 RATES = {"adam": 1e-2, "adamw": 1e-2, "momentum": 0.1, "nesterov": 0.1, "sgd": 0.3}
-RATES |= {f"fosi_{name}": rate for name, rate in RATES.items()}
+RATES |= {"psgd": 3e-3} | {f"fosi_{name}": rate for name, rate in RATES.items()}
 
 
 @dataclasses.dataclass(frozen=True)

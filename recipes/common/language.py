@@ -59,6 +59,7 @@ class Transformer(nnx.Module):
         heads: int = 4,
         dropout: float = 0.0,
         remat: bool = False,
+        scan: bool = False,
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs,
     ):
@@ -73,6 +74,8 @@ class Transformer(nnx.Module):
             dropout: rate, on embeddings, attention weights and both branches of a block.
             remat: recompute each block in the backward pass instead of storing its insides: the same values, less
                 memory.
+            scan: keep the blocks' parameters in one stack, (layers, ...) each, and run one program over it: compile
+                time does not grow with the depth.
             dtype: of the computation, e.g. bfloat16; parameters stay float32.
             rngs: the streams "params" and, for dropout, "dropout".
 
@@ -82,13 +85,15 @@ class Transformer(nnx.Module):
         if width % heads:
             raise ValueError(f"Transformer(width={width}, heads={heads}): `heads` should divide `width`.")
         self.length = length
-        self.remat = remat
+        self.remat, self.scan = remat, scan
         self.embed = nnx.Embed(vocabulary, width, dtype=dtype, rngs=rngs)
         self.position = nnx.Embed(length, width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.blocks = nnx.List(
-            TransformerBlock(width, heads, layers, dropout=dropout, dtype=dtype, rngs=rngs) for _ in range(layers)
-        )
+        make = lambda rngs: TransformerBlock(width, heads, layers, dropout=dropout, dtype=dtype, rngs=rngs)
+        if scan:
+            self.blocks = nnx.split_rngs(splits=layers)(nnx.vmap(make, in_axes=(0,), out_axes=0))(rngs)
+        else:
+            self.blocks = nnx.List(make(rngs) for _ in range(layers))
         self.norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.head = nnx.Linear(width, vocabulary, dtype=dtype, rngs=rngs)
 
@@ -106,8 +111,11 @@ class Transformer(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(time), tokens.shape)
         x = self.dropout(self.embed(tokens) + self.position(positions))
         run = nnx.remat(_run_block) if self.remat else _run_block
-        for block in self.blocks:
-            x = run(block, x)
+        if self.scan:
+            x = nnx.scan(run, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
+        else:
+            for block in self.blocks:
+                x = run(block, x)
         return _logits(self.head(self.norm(x)))
 
 

@@ -13,7 +13,17 @@ from curvtrain import curvature, optim
 from curvtrain.trainer import FitResult, read_jsonl
 
 OptimizerName = Literal[
-    "fosi_adam", "fosi_momentum", "fosi_nesterov", "fosi_sgd", "kfac", "adam", "adamw", "momentum", "nesterov", "sgd"
+    "fosi_adam",
+    "fosi_momentum",
+    "fosi_nesterov",
+    "fosi_sgd",
+    "kfac",
+    "psgd",
+    "adam",
+    "adamw",
+    "momentum",
+    "nesterov",
+    "sgd",
 ]
 
 BASES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
@@ -23,6 +33,14 @@ BASES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation
     "nesterov": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
     "sgd": optax.sgd,
 }
+FAMILIES: dict[str, Callable[[], curvature.Preconditioner]] = {
+    "kron": curvature.Kron,
+    "affine": curvature.Affine,
+    "low_rank": curvature.LowRank,
+    "xmat": curvature.XMat,
+    "dense": curvature.Dense,
+    "diagonal": curvature.Elementwise,
+}
 MOMENTUM = {"adam": "ema", "momentum": "heavy_ball", "nesterov": "nesterov", "sgd": "none"}  # of FOSI's Newton part
 
 
@@ -31,8 +49,9 @@ class RunOptions:
     """Options that every recipe has.
 
     Attributes:
-      optimizer: a base optimizer, FOSI over it, or K-FAC.
-      learning_rate: of the base optimizer, or of K-FAC; None is the one that was tuned for it (see the recipe).
+      optimizer: a base optimizer, FOSI over it, K-FAC, or PSGD.
+      learning_rate: of the base optimizer, of K-FAC or PSGD; None is the one that was tuned for it (see the recipe).
+      decay: whether learning rates stay as they are, or fall to zero along a cosine.
       alpha: rate of FOSI's Newton part.
       k: number of FOSI's eigenpairs.
       curvature_batch: examples that a refresh of FOSI sees, a multiple of batch_size; None is the training batch.
@@ -42,10 +61,13 @@ class RunOptions:
       damping: of K-FAC; None adapts it.
       momentum: of K-FAC; None adapts it.
       l2: of K-FAC: coefficient of a penalty l2/2 |parameters|^2.
-      update_every: steps between two statistics of K-FAC.
+      preconditioner: of PSGD: its family.
+      fit: of PSGD: whether it whitens gradients, or inverts the Hessian or the Gauss-Newton matrix.
+      update_every: steps between two statistics of K-FAC (1 unless given), or two fits of PSGD (1 for 500 steps unless
+        given, then ever more).
       refresh_every: steps between refreshes of eigenpairs (100 unless given) or of K-FAC's inverses (5 unless given,
         after ten first steps of one).
-      compare: after a FOSI run, train its base optimizer for as many steps, after K-FAC AdamW, and print both.
+      compare: after a FOSI run, train its base optimizer for as many steps, after K-FAC or PSGD AdamW, and print both.
       steps: optimizer steps.
       batch_size: examples per step.
       seed: of initialisation, data order and estimators.
@@ -62,6 +84,7 @@ class RunOptions:
 
     optimizer: OptimizerName = "fosi_adam"
     learning_rate: float | None = None
+    decay: Literal["none", "cosine"] = "none"
     alpha: float = 0.1
     k: int = 10
     curvature_batch: int | None = None
@@ -71,7 +94,9 @@ class RunOptions:
     damping: float | None = None
     momentum: float | None = None
     l2: float = 0.0
-    update_every: int = 1
+    preconditioner: Literal["kron", "affine", "low_rank", "xmat", "dense", "diagonal"] = "kron"
+    fit: Literal["gradient", "hessian", "ggn"] = "gradient"
+    update_every: int | None = None
     refresh_every: int | None = None
     compare: bool = True
     steps: int = 300
@@ -112,6 +137,8 @@ def parse_mesh(text: str) -> dict[str, int]:
         raise ValueError(f"--mesh should look like data=2,fsdp=4, not {text!r}.") from None
 
 
+LAYERWISE = ("kfac", "psgd")  # those that are compared with AdamW
+
 MakeTrainer = Callable[..., curvtrain.Trainer]  # (config, optimizer=, curvature=, schedule=) -> Trainer
 
 
@@ -127,8 +154,8 @@ def run(options: RunOptions, rates: Mapping[str, float | None], make_trainer: Ma
       The results by optimizer.
     """
     names = [options.optimizer]
-    if options.compare and (options.optimizer == "kfac" or options.optimizer.startswith("fosi_")):
-        names.append("adamw" if options.optimizer == "kfac" else options.optimizer.removeprefix("fosi_"))
+    if options.compare and (options.optimizer in LAYERWISE or options.optimizer.startswith("fosi_")):
+        names.append("adamw" if options.optimizer in LAYERWISE else options.optimizer.removeprefix("fosi_"))
     results = {}
     for name in names:
         rate = rates.get(name) if options.learning_rate is None or name != options.optimizer else options.learning_rate
@@ -144,8 +171,10 @@ def run(options: RunOptions, rates: Mapping[str, float | None], make_trainer: Ma
     return results
 
 
-def second_order(options: RunOptions, name: str, rate: float | None) -> dict[str, Any]:
+def second_order(options: RunOptions, name: str, rate: Any) -> dict[str, Any]:
     """The optimizer of a name, with the curvature that it consumes: keywords of a Trainer."""
+    if rate is not None and options.decay == "cosine":
+        rate = optax.cosine_decay_schedule(rate, options.steps)
     if name == "kfac":
         given = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
         every = options.refresh_every or 5
@@ -155,12 +184,18 @@ def second_order(options: RunOptions, name: str, rate: float | None) -> dict[str
             ),
             curvature=curvature.KFAC(options.fisher, options.weight_sharing, options.inverse, uncovered="diagonal"),
             schedule=curvtrain.CurvatureSchedule(
-                update_every=options.update_every,
+                update_every=options.update_every or 1,
                 refresh_every=lambda step: 1 if step < 10 else every,  # the factors change fastest in the first steps
             ),
         )
     if rate is None:
         raise ValueError(f"{name} needs a learning rate.")
+    if name == "psgd":
+        return dict(
+            optimizer=optim.psgd(rate, weight_decay=1e-2),
+            curvature=curvature.PSGD(FAMILIES[options.preconditioner](), options.fit),
+            schedule=curvtrain.CurvatureSchedule(update_every=options.update_every or curvature.Annealed().period),
+        )
     base = BASES[name.removeprefix("fosi_")](rate)
     if not name.startswith("fosi_"):
         return dict(optimizer=base)

@@ -276,6 +276,29 @@ def test_computation_in_bfloat16_keeps_parameters_and_outputs_in_float32(name):
     assert "bf16[" in str(program)
 
 
+def test_a_scanned_transformer_is_the_unrolled_one():
+    """The same outputs and gradients, from the blocks' parameters in a stack."""
+    tokens = np.random.RandomState(0).randint(0, 5, (2, 6))
+    options = dict(layers=3, width=8, heads=2)
+    unrolled = Transformer(5, 6, **options, rngs=rngs())
+    scanned = Transformer(5, 6, **options, scan=True, remat=True, rngs=rngs())
+    params = nnx.to_pure_dict(nnx.state(unrolled, nnx.Param))
+    blocks = params.pop("blocks")
+    params["blocks"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blocks[i] for i in range(3)))
+    nnx.update(scanned, nnx.State(params))
+
+    def gradient(model):
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        loss = lambda p: jnp.mean(jnp.square(nnx.merge(graph, p, rest, copy=True)(tokens)))
+        value, grads = jit(jax.value_and_grad(loss))(params)
+        return value, nnx.to_pure_dict(grads)
+
+    (value, grads), (expected, reference) = gradient(scanned), gradient(unrolled)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    reference["blocks"] = jax.tree.map(lambda *l: jnp.stack(l), *(reference["blocks"][i] for i in range(3)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), grads, reference)
+
+
 def test_transformer_errors():
     with pytest.raises(ValueError, match=r"Transformer\(width=10, heads=4\): `heads` should divide `width`"):
         Transformer(7, 6, width=10, rngs=rngs())

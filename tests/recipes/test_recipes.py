@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 TEXT = ["--layers", "1", "--width", "8", "--length", "8", "--batch-size", "8"]
-FOSI, KFAC = ("fosi_adam", "adam"), ("kfac", "adamw")
+FOSI, KFAC, PSGD = ("fosi_adam", "adam"), ("kfac", "adamw"), ("psgd", "adamw")
 SMALL = {  # recipe, options, the optimizers that are compared
     "resnet_fosi": ("resnet_fosi.py", ["--width", "4", "--batch-size", "32", "--k", "2"], FOSI),
     "mlp_autoencoder": ("mlp_autoencoder.py", ["--sizes", "12", "4", "--k", "3"], FOSI),
@@ -20,6 +20,17 @@ SMALL = {  # recipe, options, the optimizers that are compared
     "autoencoder_kfac": ("autoencoder_kfac.py", ["--sizes", "12", "4", "--inverse", "ekfac"], KFAC),
     "char_lm with K-FAC": ("char_lm.py", ["--optimizer", "kfac", "--heads", "2", *TEXT], KFAC),
     "char_lm with K-FAC, gru": ("char_lm.py", ["--optimizer", "kfac", "--model", "gru", *TEXT], KFAC),
+    "transformer_psgd": ("transformer_psgd.py", ["--heads", "2", "--scan", "--decay", "cosine", *TEXT], PSGD),
+    "resnet with PSGD": (
+        "resnet_fosi.py",
+        ["--optimizer", "psgd", "--fit", "hessian", "--learning-rate", "0.01", "--width", "4", "--batch-size", "32"],
+        PSGD,
+    ),
+    "autoencoder with PSGD": (
+        "mlp_autoencoder.py",
+        ["--optimizer", "psgd", "--preconditioner", "low_rank", "--sizes", "12", "4"],
+        PSGD,
+    ),
 }
 
 
@@ -35,7 +46,7 @@ def run(recipe: str, *options: str, ok: bool = True) -> str:
 def test_a_recipe_trains_compares_and_resumes(name, tmp_path):
     recipe, options, (optimizer, base) = SMALL[name]
     every = ["--refresh-every", "3", "--save-every", "4", "--eval-every", "4", "--log-every", "2"]
-    text = ["--text", str(_text(tmp_path))] if recipe == "char_lm.py" else []
+    text = ["--text", str(_text(tmp_path))] if recipe in ("char_lm.py", "transformer_psgd.py") else []
     common = [*options, *text, *every, "--workdir", str(tmp_path / "run")]
     first = run(recipe, *common, "--steps", "4", "--no-compare")
     assert re.search(r"step 4/4 .* steps/s .* left", first)

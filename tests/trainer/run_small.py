@@ -1,9 +1,9 @@
 """A small run with everything random in it, as a program: `python run_small.py '{"workdir": ..., "steps": ...}'`.
 
 Dropout, BatchNorm, shuffling, an average of the parameters, FOSI, and Lanczos on a curvature batch of its own; with
-`"estimator": "kfac"`, K-FAC's optimizer on sampled Kronecker factors instead. It prints a line after every step, and at
-the end writes every leaf of the state and the positions of the data to `out`. The tests import it for the same run in
-their own process.
+`"estimator": "kfac"`, K-FAC's optimizer on sampled Kronecker factors instead, with "psgd" whitened momentum. It prints
+a line after every step, and at the end writes every leaf of the state and the positions of the data to `out`. The tests
+import it for the same run in their own process.
 """
 
 import json
@@ -83,6 +83,9 @@ def make(cls=Small, hooks=(), train_data=None, optimizer=None, estimator="lanczo
     elif estimator == "kfac":
         estimator, optimizer = curvature.KFAC("sampled"), optimizer or optim.kfac(l2=1e-3, damping_every=3)
         schedule = schedule or curvtrain.CurvatureSchedule(refresh_every=3)
+    elif estimator == "psgd":
+        estimator = curvature.PSGD(curvature.Kron(block_size=4), momentum=0.9, update_probability=0.4)
+        optimizer, schedule = optimizer or optim.psgd(1e-2), schedule or curvtrain.CurvatureSchedule()
     return cls(
         curvtrain.TrainerConfig(**{**options, "progress": False, **config}),
         train_data=data() if train_data is None else train_data,

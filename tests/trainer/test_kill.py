@@ -132,18 +132,31 @@ def test_killed_ten_times(tmp_path, cache, uninterrupted):
     assert_same_run(tmp_path, uninterrupted)
 
 
-def test_killed_with_kfac(tmp_path, cache):
-    """Kronecker factors, cached inverses, damping and velocity: three kills, one of them in a save."""
+def end_of_three_kills(tmp_path, cache, estimator):
+    """The file at the end of an uninterrupted run, to which one with three kills, one in a save, is bit-identical."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(whole, cache, estimator="kfac")
+    finish(whole, cache, estimator=estimator)
     for kill, steps in enumerate((8, 2, 7)):
-        life = Life(parts / "run", cache, estimator="kfac")
+        life = Life(parts / "run", cache, estimator=estimator)
         assert life.read(steps) and (kill != 1 or life.await_save())
         assert life.end(signal.SIGKILL) == -signal.SIGKILL
     assert len(saved(parts / "run")) >= 1
-    finish(parts, cache, estimator="kfac")
+    finish(parts, cache, estimator=estimator)
     assert_same_run(parts, whole)
-    with np.load(whole / "end.npz") as end:
+    return whole / "end.npz"
+
+
+def test_killed_with_psgd(tmp_path, cache):
+    """Factors, their bounds and counters, and two moving averages."""
+    with np.load(end_of_three_kills(tmp_path, cache, "psgd")) as end:
+        assert end["curvature/fits"] == 27 and end["curvature/calls"] == STEPS and end["curvature/failures"] == 0
+        moved = [name for name in end if name.startswith("curvature/state") and "/Q/" in name]
+        assert moved and all(np.std(end[name]) > 0 for name in moved)
+
+
+def test_killed_with_kfac(tmp_path, cache):
+    """Kronecker factors, cached inverses, damping and velocity."""
+    with np.load(end_of_three_kills(tmp_path, cache, "kfac")) as end:
         assert end["curvature/refreshes"] >= STEPS // 3 and end["opt_state/rejected"] < STEPS // 4
         assert np.all(np.isfinite(end["opt_state/damping"])) and np.any(end["opt_state/velocity/fc1/kernel"] != 0)
 

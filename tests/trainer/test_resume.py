@@ -109,6 +109,17 @@ def test_a_new_process_goes_on_bit_by_bit_with_kfac(tmp_path, processes):
 
 
 @pytest.mark.slow
+def test_a_new_process_goes_on_bit_by_bit_with_psgd(tmp_path, processes):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder, steps in ((whole, 10), (parts, 5), (parts, 10)):  # step 5 comes between two fits
+        done = processes(folder, steps=steps, estimator="psgd")
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+    with np.load(parts / "end.npz") as ours, np.load(whole / "end.npz") as theirs:
+        assert [name for name in theirs if ours[name].tobytes() != theirs[name].tobytes()] == []
+        assert theirs["curvature/fits"] == 4 and theirs["curvature/calls"] == 10
+
+
+@pytest.mark.slow
 def test_a_program_that_exits_in_a_hook_has_its_last_checkpoint(tmp_path, processes):
     done = processes(tmp_path, steps=20, fail=[9, "exit"])
     assert done.returncode == 3 and done.stderr == ""
