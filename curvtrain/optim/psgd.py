@@ -138,13 +138,14 @@ def moving_average(grads: PyTree, mu: PyTree, count: jax.Array, b1: float, neste
     grads = trees.float32(grads)
     if not b1:
         return grads, mu
+    whole = lambda t: -jnp.expm1(t * math.log(b1))  # 1 - b1^t, to all digits
     t = count + 1
     new = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, mu, grads)
     if nesterov:
-        ahead, now = b1 / (1 - b1 ** (t + 1)), (1 - b1) / (1 - b1**t)
+        ahead, now = b1 / whole(t + 1), (1 - b1) / whole(t)
         averaged = jax.tree.map(lambda m, g: ahead * m + now * g, new, grads)
     else:
-        averaged = trees.scale(1 / (1 - b1**t), new)
+        averaged = trees.scale(1 / whole(t), new)
     return averaged, jax.tree.map(lambda n, m: n.astype(m.dtype), new, mu)
 
 
