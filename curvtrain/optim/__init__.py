@@ -10,4 +10,10 @@ from curvtrain.optim.kfac import kfac as kfac
 from curvtrain.optim.natural_gradient import natural_gradient as natural_gradient
 from curvtrain.optim.psgd import psgd as psgd
 from curvtrain.optim.psgd import scale_by_psgd as scale_by_psgd
+from curvtrain.optim.psgd_dropin import affine as affine
+from curvtrain.optim.psgd_dropin import hessian_helper as hessian_helper
+from curvtrain.optim.psgd_dropin import kron as kron
+from curvtrain.optim.psgd_dropin import low_rank_approximation as low_rank_approximation
+from curvtrain.optim.psgd_dropin import precond_update_prob_schedule as precond_update_prob_schedule
+from curvtrain.optim.psgd_dropin import xmat as xmat
 from curvtrain.optim.scale_by_curvature import scale_by_curvature as scale_by_curvature
