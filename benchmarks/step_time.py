@@ -2,7 +2,7 @@
 
     python benchmarks/step_time.py                      # prints a table, writes benchmarks/results/step_time.json
 
-Four questions, each answered by alternating the two things compared, chunk by chunk, so that whatever else the machine
+Questions, each answered by alternating the two things compared, chunk by chunk, so that whatever else the machine
 does hits both:
 
 1. *Trainer*: a `Trainer.fit` step against a hand-written `jax.jit` loop of the same model, optimizer, data and metrics;
@@ -12,6 +12,8 @@ does hits both:
 3. *Refresh*: one warm refresh against as many Hessian-vector products in a compiled loop of nothing else.
 4. *K-FAC*: steps with statistics in every one and inverses in every fifth, against Adam's, on the same MLP, for the
    sampled and for the empirical Fisher, at given learning rate, momentum and damping.
+5. *PSGD*: steps with Kronecker-factored whitening, fitted in every step and in every 33rd, against Adam's.
+6. *Compilation*: of the PSGD step of a transformer of 24 scanned blocks against one of 6.
 """
 
 import argparse
@@ -34,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a ch
 
 import curvtrain
 from benchmarks.machine import describe
+from recipes.common.language import Transformer
 from curvtrain import curvature, hooks, losses, optim
 from curvtrain.curvature import trees
 from curvtrain.trainer.plan import Plan, Task
@@ -218,6 +221,54 @@ def kfac_against_adam(sizes: list[int], batch_size: int, fisher: str, period: in
     }
 
 
+def psgd_against_adam(sizes: list[int], batch_size: int, period: int, rounds: int) -> dict[str, float]:
+    """Medians in ms of a PSGD step, with a fit in one of `period`, and of Adam's."""
+    adam = Stepper(plan_of(sizes, batch_size, optax.adam(1e-3)))
+    psgd = Stepper(plan_of(sizes, batch_size, optim.psgd(1e-3), curvature.PSGD(curvature.Kron())))
+    plain, fit = Kind(), Kind(update=True)
+    cycles = max(1, 50 // period)
+    adam(plain, 20), psgd(fit), psgd(plain, 20)  # compile
+    times: dict[str, list[float]] = {"psgd": [], "adam": [], "fit": []}
+    for _ in range(rounds):
+        spent = []
+        for _ in range(cycles):
+            times["fit"].append(psgd(fit))
+            spent.append(times["fit"][-1] + (psgd(plain, period - 1) if period > 1 else 0.0))
+        times["psgd"].append(sum(spent))
+        times["adam"].append(adam(plain, cycles * period))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "psgd_step_ms": 1e3 * medians["psgd"] / (cycles * period),
+        "adam_step_ms": 1e3 * medians["adam"] / (cycles * period),
+        "step_with_a_fit_ms": 1e3 * medians["fit"],
+        "ratio": medians["psgd"] / medians["adam"],
+    }
+
+
+def compile_times(layers: tuple[int, int], rounds: int) -> dict[str, float]:
+    """Medians in s of compiling a step with a fit of a transformer with scanned blocks, for two numbers of blocks."""
+    tokens = np.zeros((8, 16), np.int32)
+    batch = {"tokens": tokens, "label": tokens}
+    times: dict[int, list[float]] = {n: [] for n in layers}
+    for _ in range(rounds):
+        for n in layers:
+            task = Task(
+                "transformer",
+                lambda rngs, n=n: Transformer(32, 16, layers=n, width=32, scan=True, rngs=rngs),
+                lambda model, batch: model(batch["tokens"]),
+                losses.SoftmaxCrossEntropy(),
+                losses.SoftmaxCrossEntropy().metrics,
+            )
+            config = curvtrain.TrainerConfig(steps=1, batch_size=8)
+            plan = Plan(config, task, batch, optim.psgd(1e-3), curvature.PSGD(), curvtrain.CurvatureSchedule())
+            jax.clear_caches()
+            began = time.perf_counter()
+            plan.step_program(Kind(update=True))
+            times[n].append(time.perf_counter() - began)
+    few, many = (statistics.median(times[n]) for n in layers)
+    return {f"{layers[0]}_blocks_s": few, f"{layers[1]}_blocks_s": many, "ratio": many / few}
+
+
 def refresh_against_hvps(sizes: list[int], batch_size: int, rounds: int) -> dict[str, float]:
     """Medians in ms of a warm refresh, and of as many Hessian-vector products in a loop."""
     plan = plan_of(sizes, batch_size, optax.adam(1e-3))
@@ -258,6 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="alternations of each comparison")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "step_time.json")
+    parser.add_argument("--only", default="", help="cases whose name contains this; nothing is written then")
     args = parser.parse_args()
     mlp = [64, 256, 256, 10]
     cases: dict[str, Callable[[], dict[str, float]]] = {
@@ -271,11 +323,20 @@ def main() -> None:
         "K-FAC (sampled) / Adam, inverses every 5": lambda: kfac_against_adam(mlp, 256, "sampled", 5, args.rounds),
         "K-FAC (empirical) / Adam, inverses every 5": lambda: kfac_against_adam(mlp, 256, "empirical", 5, args.rounds),
     }
+    cases |= {
+        "PSGD / Adam, a fit in every step": lambda: psgd_against_adam(mlp, 256, 1, args.rounds),
+        "PSGD / Adam, a fit every 33": lambda: psgd_against_adam(mlp, 256, 33, args.rounds),
+        "PSGD: compiling 24 scanned blocks / 6": lambda: compile_times((6, 24), 3),
+    }
+    if args.only:
+        cases = {name: measure for name, measure in cases.items() if args.only.lower() in name.lower()}
     results = {}
     for name, measure in cases.items():
         results[name] = measure()
         details = ", ".join(f"{key} {value:.4g}" for key, value in results[name].items() if key != "ratio")
         print(f"{name:<45} {results[name]['ratio']:.3f}   {details}", flush=True)
+    if args.only:
+        return
     report = {"command": " ".join(["python", *sys.argv]), "machine": describe(), "results": results}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
