@@ -2,13 +2,15 @@
 
     python benchmarks/preconditioners.py                # prints, writes benchmarks/results/preconditioners.json
 
-1. *Kronecker*: H is a Kronecker product of random matrices (5 and 10, each of condition number 10). Relative error of P
-   against H^-1 after 100, 300, 1,000 and 3,000 updates with one product H v each, for two rates; medians of three seeds.
-2. *Quadratic*: H is a random matrix of 50 dimensions and condition number 1,000. Condition number of P H after 300, 1,000
-   and 3,000 updates, at the estimator's default rate, which falls from 0.5 to 0.1, and at one that falls to 0.05.
-3. *Digits*: an MLP 64-64-32-10 on scikit-learn's digits, batches of 128, 200 steps, learning rates that fall to zero along
-   a cosine. Every family whitens gradients; seven learning rates each, for Adam too, on seed 0, and then the best of
-   them on three further seeds: training loss over all examples, after 50, 100 and 200 steps.
+1. *Kronecker*: H is a Kronecker product of random matrices (5 and 10, each of condition number 10). Relative error
+   of P against H^-1 after 100, 300, 1,000 and 3,000 updates with one product H v each, for two rates; medians of three
+   seeds.
+2. *Quadratic*: H is a random matrix of 50 dimensions and condition number 1,000. Condition number of P H after 300,
+   1,000 and 3,000 updates, at the estimator's default rate, which falls from 0.5 to 0.1, and at one that falls to 0.05;
+   medians of three seeds.
+3. *Digits*: an MLP 64-64-32-10 on scikit-learn's digits, batches of 128, 200 steps, learning rates that fall to zero
+   along a cosine. Every family whitens gradients; seven learning rates each, for Adam too, on seed 0, and then the best
+   of them on three further seeds: training loss over all examples, after 50, 100 and 200 steps.
 """
 
 import argparse
@@ -44,6 +46,7 @@ FAMILIES: dict[str, Any] = {
     "Diagonal": Elementwise(),
 }
 RATES: dict[str, Any] = {"default": PSGD.rate, "0.5 to 0.05": lambda t: 0.5 * 10 ** -(t / 3000), "0.5": 0.5, "0.1": 0.1}
+Run = Callable[[float, int], list[float]]
 TRAINED = ("Kron PRO", "Kron QUAD", "Kron EQ", "Affine (EQ)", "LowRank(10)", "XMat", "Diagonal")
 
 
@@ -112,9 +115,7 @@ def digits() -> dict[str, jax.Array]:
     return {"image": jnp.asarray(found.data / 16, jnp.float32), "label": jnp.asarray(found.target, jnp.int32)}
 
 
-def trainer(
-    data: dict[str, jax.Array], family: Any, steps: int = 200, size: int = 128
-) -> Callable[[float, int], list[float]]:
+def trainer(data: dict[str, jax.Array], family: Any, steps: int = 200, size: int = 128) -> Run:
     """A function (learning rate, seed) -> training loss after 50, 100 and 200 steps; compiled once. No family: Adam."""
     estimator = None if family is None else PSGD(family)
     examples = len(data["label"])
@@ -180,9 +181,8 @@ def main() -> None:
     print("Kronecker: relative error of P after 100, 300, 1000, 3000 updates")
     for name, family in FAMILIES.items():
         for rate in ("0.1", "0.5"):
-            found = results["kronecker"][f"{name}, rate {rate}"] = kronecker(
-                family, RATES[rate], [100, 300, 1000, 3000]
-            )
+            found = kronecker(family, RATES[rate], [100, 300, 1000, 3000])
+            results["kronecker"][f"{name}, rate {rate}"] = found
             print(f"  {name:<12} rate {rate:<12} {show(found)}", flush=True)
     print("Quadratic: condition number of P H after 300, 1000, 3000 updates")
     for name, family in FAMILIES.items():
