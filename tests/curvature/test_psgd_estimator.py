@@ -121,6 +121,10 @@ def test_fits_come_at_a_steady_pace():
     assert fits_of(lambda calls: jnp.where(calls < 4, 1.0, 0.5), "deterministic", 10) == [0, 1, 2, 3, 5, 7, 9]
 
 
+def test_without_any_probability_there_is_only_the_first_fit():
+    assert fits_of(0.0, "deterministic", 5) == [0]
+
+
 def test_fits_come_by_chance():
     at = fits_of(0.3, "bernoulli", 200)
     assert at[:2] == [0, 1] and 40 < len(at) < 85
@@ -216,8 +220,12 @@ def test_solve_takes_no_damping():
         (dict(probes=2), ValueError, r"PSGD\(probes\) counts Hessian products, and fit='gradient' takes none"),
         (dict(momentum=0.9, fit="ggn"), ValueError, r"PSGD\(momentum\) is that of gradients"),
         (dict(momentum=1.0), ValueError, r"PSGD\(momentum\) should be at least 0.0 and below 1.0"),
-        (dict(update_probability=1.2), ValueError, r"PSGD\(update_probability\) should be above 0.0 and at most 1.0"),
-        (dict(update_probability=0.0), ValueError, r"not 0.0"),
+        (
+            dict(update_probability=1.2),
+            ValueError,
+            r"PSGD\(update_probability\) should be at least 0.0 and at most 1.0",
+        ),
+        (dict(update_probability=-0.1), ValueError, r"not -0.1"),
         (dict(rule="chance"), ValueError, r"PSGD\(rule\) should be one of 'deterministic', 'bernoulli'"),
         (dict(memory_limit=0), ValueError, r"PSGD\(memory_limit\) should be at least 1"),
         (dict(preconditioner=Kron(dtype="bfloat16"), rate=0.01), ValueError, r"below the resolution of factors"),

@@ -295,6 +295,34 @@ def test_nothing_changes_before_the_first_refresh():
     assert np.all(np.abs(found[5:] - plain[5:]) > 1e-4)
 
 
+def test_a_batch_may_be_absorbed_after_the_step_that_it_belongs_to():
+    """The first step then moves as if nothing had been refreshed, the second as if once."""
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), counted)
+    first, after = (
+        trainer(
+            steps=3,
+            log_every=1,
+            optimizer=tx,
+            curvature=Counting(),
+            schedule=CurvatureSchedule(refresh_every=100, update_first=update_first),
+        )
+        for update_first in (True, False)
+    )
+    plain = losses_of(trainer(steps=3, log_every=1).fit())
+    found, late = losses_of(first.fit()), losses_of(after.fit())
+    np.testing.assert_allclose(late[:2], plain[:2], rtol=1e-5)  # the loss of a step is that before it
+    assert abs(found[1] - plain[1]) > 1e-4 and abs(late[2] - plain[2]) > 1e-4
+    for run in (first, after):
+        assert int(run.state.curvature.updates) == 3 and int(run.state.curvature.refreshes) == 1
+
+
+def test_an_estimator_that_factorises_nothing_is_not_refreshed():
+    run = trainer(curvature=Counting(factorises=False))
+    result = run.fit()
+    assert int(run.state.curvature.refreshes) == 0
+    assert result.metrics["curvature/updates"] == result.step
+
+
 def newton(updates, state, params=None, *, curvature, objective, batch, key, value, grad, value_fn):
     """An update that wants every extra argument that there is, and no other."""
     differ = jnp.abs(value_fn(params) - value) + jnp.abs(objective.loss(params, batch, key) - value)

@@ -113,6 +113,7 @@ class Counting(CurvatureEstimator[Counts]):
     """An estimator that costs nothing to compile and records its calls."""
 
     absorbs: Any = True
+    factorises: Any = True
 
     def init(self, objective, params):
         return Counts(jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.float32(-1))

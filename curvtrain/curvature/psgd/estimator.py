@@ -141,7 +141,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
                 f"is optim.psgd(b1=...)."
             )
         if not callable(self.update_probability):
-            _checks.number_in("PSGD(update_probability)", self.update_probability, 0.0, 1.0, open_low=True)
+            _checks.number_in("PSGD(update_probability)", self.update_probability, 0.0, 1.0)
         _checks.one_of("PSGD(rule)", self.rule, RULES)
         if self.memory_limit is not None:
             _checks.positive_int("PSGD(memory_limit)", self.memory_limit)
