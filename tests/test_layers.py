@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "curvature": BOTTOM | {"losses", "objective"},
     "optim": BOTTOM | {"losses", "objective", "curvature"},
     "trainer": BOTTOM | {"losses", "objective", "curvature"},
+    "launch": set(),  # starts processes, knows nothing that they do
 }
 FORBIDDEN = {"torch", "torchvision", "torchopt", "functorch", "tensorflow", "tensorflow_datasets", "keras"}
 

@@ -1,5 +1,6 @@
 """The Trainer: loop, state, mesh, data, checkpoints, metrics and hooks."""
 
+from curvtrain.trainer import distributed as distributed
 from curvtrain.trainer.checkpoint import CheckpointError as CheckpointError
 from curvtrain.trainer.checkpoint import Mismatch as Mismatch
 from curvtrain.trainer.config import TrainerConfig as TrainerConfig

@@ -154,7 +154,7 @@ class Checkpoints:
             multihost_utils.sync_global_devices(f"checkpoint {step} set aside")
 
     def _open(self, clean: bool) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
+        return _Manager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=self._retention,
@@ -183,6 +183,17 @@ class Checkpoints:
         self._manager = self._open(clean=False)
         self._failure = f"Saving step {self._under_way} failed: {_short(error)} On disk in {self.folder}: {self.steps}."
         log.error("%s Training goes on; the next save tries again.", self._failure)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Leaves JAX's preemption service to the loop, see `distributed.preempted`.
+
+    Orbax asks it at every save, by the number of the step and from background threads too. The service takes that for
+    the newest call of the process, and the one that all were to stop at is then never made.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class _Retention:

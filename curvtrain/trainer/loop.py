@@ -19,8 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 from clu import parameter_overview
-from jax.experimental import multihost_utils
 
+from curvtrain.trainer import distributed
 from curvtrain.trainer.checkpoint import Checkpoints
 from curvtrain.trainer.checkpoint import versions as checkpoint_versions
 from curvtrain.trainer.data import CURVATURE, TRAIN, eval_batches
@@ -112,7 +112,9 @@ class Loop:
             self._announce(start)
             if start >= config.steps or (start and self._due(config.eval_every) and not self._is_evaluated()):
                 self._evaluate()  # the latter: what SIGTERM cut short
-            steps = range(start, config.steps) if not self._sigterm else ()  # after SIGTERM: nothing new to be saved
+            steps = (
+                range(start, config.steps) if not self._is_preempted() else ()
+            )  # after SIGTERM: nothing new to be saved
             self._clock.restart()
             for step in steps:
                 self._step(step)
@@ -154,8 +156,7 @@ class Loop:
                 if due(hook.every) and not finished:
                     hook(view)
             finished = finished or view.stop_reason is not None
-            self._poll_preemption()
-            ending = finished or self._sigterm
+            ending = self._is_preempted() or finished
             if ending:
                 self._log()
             if finished and not self._sigterm:
@@ -231,7 +232,7 @@ class Loop:
     def _evaluate(self) -> None:
         if self.eval_data is None:
             return
-        scores = evaluate(self.plan, self.state, self.eval_data, lambda: self._sigterm)
+        scores = evaluate(self.plan, self.state, self.eval_data, self._is_preempted)
         if scores is None:  # interrupted by SIGTERM
             return
         self._record(self.view.step, {f"eval/{name}": value for name, value in scores.items()})
@@ -283,10 +284,10 @@ class Loop:
         where = f"The newest checkpoint is step {newest[-1]}." if newest else "There is no checkpoint."
         return Diverged(f"{what}. {where} Lower the learning rate, or raise the damping of the curvature.")
 
-    def _poll_preemption(self) -> None:
-        """With several processes, all learn of a SIGTERM to any of them at the same step, from JAX's own service."""
-        if jax.process_count() > 1:
-            self._sigterm = multihost_utils.reached_preemption_sync_point(self.view.step)
+    def _is_preempted(self) -> bool:
+        """Whether SIGTERM came. With several processes, to any of them: all see it in the same call."""
+        self._sigterm = distributed.preempted() or self._sigterm
+        return self._sigterm
 
     @contextlib.contextmanager
     def _catch_sigterm(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from curvtrain import _checks
 from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
 from curvtrain.losses import Loss
 from curvtrain.objective import Objective
+from curvtrain.trainer import distributed
 from curvtrain.trainer.checkpoint import read_params
 from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.hooks import Hook
@@ -38,6 +39,9 @@ class Trainer(abc.ABC):
       curvature: what estimates the curvature, or None.
       schedule: when it does.
       hooks: called between steps.
+
+    One of several processes (of `python -m curvtrain.launch`, SLURM, Open MPI, ...) joins the others here, see
+    `curvtrain.trainer.distributed`.
 
     Raises:
       TypeError, ValueError: about any argument, before anything compiles, is allocated or is written.
@@ -78,6 +82,7 @@ class Trainer(abc.ABC):
             if not isinstance(hook, Hook):
                 raise TypeError(f"{name}(hooks) should be Hooks, not {type(hook).__name__}; see hooks.Call.")
             _checks.positive_int(f"{name}(hooks): {type(hook).__name__}.every", hook.every)
+        distributed.start()
         self.config = config
         self._eval_data, self._hooks = eval_data, tuple(hooks)
         task = Task(name, self.build_model, self.predict, self.loss, self._metrics)

@@ -2,8 +2,8 @@
 
 Dropout, BatchNorm, shuffling, an average of the parameters, FOSI, and Lanczos on a curvature batch of its own; with
 `"estimator": "kfac"`, K-FAC's optimizer on sampled Kronecker factors instead, with "psgd" whitened momentum. It prints
-a line after every step, and at the end writes every leaf of the state and the positions of the data to `out`. The tests
-import it for the same run in their own process.
+a line after every step, and at the end writes every leaf of the state and the positions of the data to `out`. One of
+several processes says which one it is, and process 0 writes. The tests import it for the same run in their own process.
 """
 
 import json
@@ -14,6 +14,8 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec
 
 import curvtrain
 from curvtrain import curvature, losses, optim
@@ -99,12 +101,15 @@ def make(cls=Small, hooks=(), train_data=None, optimizer=None, estimator="lanczo
 
 def leaves(state):
     """Every leaf of a state by its path, as numpy arrays that can be compared bit by bit."""
-    raw = lambda a: jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+    data = lambda a: jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a
+    raw = lambda a: data(a) if a.is_fully_replicated else multihost_utils.process_allgather(data(a), tiled=True)
     found = jax.tree_util.tree_leaves_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(raw(leaf)) for path, leaf in found}
 
 
 def main(workdir, out=None, sleep=0.0, fail=None, **config):
+    if "sharding" in config:  # [[regex, axes], ...]
+        config["sharding"] = [(pattern, PartitionSpec(*axes)) for pattern, axes in config["sharding"]]
     hooks = [Remember(sleep)]
     if fail is not None:  # [step, what]
 
@@ -116,11 +121,13 @@ def main(workdir, out=None, sleep=0.0, fail=None, **config):
 
         hooks.append(curvtrain.trainer.Call(at_step))
     trainer = make(hooks=hooks, workdir=workdir, **config)
-    print("ready", flush=True)
+    print("ready", *([jax.process_index()] if jax.process_count() > 1 else []), flush=True)
     trainer.fit()
     if out is not None:
+        end = leaves(trainer.state)
         rest = {"positions": json.dumps(trainer._positions), "steps": np.array(hooks[0].steps)}
-        np.savez(out, **leaves(trainer.state), **rest)
+        if jax.process_index() == 0:
+            np.savez(out, **end, **rest)
 
 
 if __name__ == "__main__":

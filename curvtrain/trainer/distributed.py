@@ -1,0 +1,135 @@
+"""Several processes: who starts `jax.distributed`, from which environment, and how they end and agree.
+
+| environment | variables |
+|---|---|
+| explicit, and `python -m curvtrain.launch` | `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` |
+| SLURM, under `srun` | `SLURM_STEP_NUM_TASKS` (else `SLURM_NTASKS`), `SLURM_PROCID`, ... |
+| Open MPI, under `mpirun` | `OMPI_COMM_WORLD_SIZE`, `OMPI_COMM_WORLD_RANK`, ... |
+
+The first that is there counts. JAX reads the rest itself: the coordinator's address of SLURM and Open MPI 4, which of
+a host's GPUs are whose, and `JAX_LOCAL_DEVICE_IDS` and `JAX_COORDINATOR_BIND_ADDRESS` where they are set.
+"""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+_polls = itertools.count(1)  # of this process's life, see `preempted`
+
+
+def start() -> None:
+    """Starts `jax.distributed` if the environment says that this process is one of several; else does nothing.
+
+    A Trainer calls it when it is made, so a script needs it only if it uses JAX's devices before that. It may be called
+    any number of times, and does nothing where the script itself called `jax.distributed.initialize`.
+
+    From here on an error that nobody catches ends the process at once: Python's usual end waits for the other
+    processes, which in turn wait for this one.
+
+    Raises:
+      ValueError: the variables contradict each other, or some are missing.
+      RuntimeError: devices were used before; the other processes cannot be reached.
+    """
+    if jax.distributed.is_initialized():
+        return
+    job = job_of(os.environ)
+    if job is None:
+        return
+    source, count, index = job
+    try:
+        jax.distributed.initialize(num_processes=count, process_id=index)
+    except RuntimeError as error:
+        if "before any JAX calls" not in str(error):
+            raise
+        raise RuntimeError(
+            f"This process is number {index} of {count} ({source}), but JAX's devices were used before they could be "
+            f"joined. Make the Trainer first, or call curvtrain.trainer.distributed.start() at the top of the script."
+        ) from None
+    _end_at_once_on_errors()
+
+
+def job_of(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """(what says so, number of processes, this one's index) by environment variables; None for a single process."""
+    have = lambda name: name in environment
+    if have(COUNT) or have(INDEX):
+        missing = [name for name in (ADDRESS, COUNT, INDEX) if not have(name)]
+        names = (COUNT, INDEX)
+    elif have("SLURM_PROCID") and have("SLURM_STEP_NODELIST"):  # a step of srun, not a plain batch script
+        missing, names = (
+            [],
+            ("SLURM_STEP_NUM_TASKS" if have("SLURM_STEP_NUM_TASKS") else "SLURM_NTASKS", "SLURM_PROCID"),
+        )
+    elif have("OMPI_COMM_WORLD_SIZE"):
+        missing, names = [], ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+    elif have(ADDRESS):
+        missing, names = [COUNT, INDEX], (COUNT, INDEX)
+    else:
+        return None
+    if missing:
+        raise ValueError(
+            f"The environment of one of several processes should set {ADDRESS}, {COUNT} and {INDEX}; "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing."
+        )
+    count, index = (_integer(environment, name) for name in names)
+    if not 0 <= index < count:
+        raise ValueError(f"{names[1]}={index} should be at least 0 and below {names[0]}={count}.")
+    if count == 1:
+        return None
+    if names[0].startswith("OMPI") and not (have(ADDRESS) or have("OMPI_MCA_orte_hnp_uri")):
+        raise ValueError(
+            f"This Open MPI does not tell where its processes can meet (Open MPI 4 did): set {ADDRESS}=host:port, the "
+            f"host of process 0 and a free port there, as in mpirun -x {ADDRESS}=node1:41234 ..."
+        )
+    return f"{names[0]}={count}", count, index
+
+
+def preempted() -> bool:
+    """Whether SIGTERM came to any process; all processes learn of it in the same call.
+
+    Every process should call it equally often: JAX's service picks, in the background, a call that none of them has
+    made yet. It costs well below a microsecond. Calls are numbered over the life of the process, not by step: the
+    service compares numbers for equality, so after a resume the step would be past what it picks.
+    """
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_polls))
+
+
+def gather(value: Any) -> list[Any]:
+    """A plain JSON value of every process, by process index. All processes should call it."""
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(own.size))).ravel()
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: own.size] = own
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _integer(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not text.strip().isdecimal():
+        raise ValueError(f"The environment variable {name} should be a whole number, and is {text!r}.")
+    return int(text)
+
+
+def _end_at_once_on_errors() -> None:
+    """Otherwise JAX, at the interpreter's end, waits five minutes for the others, and they wait in a collective."""
+    before = sys.excepthook
+
+    def hook(kind, value, trace):
+        try:
+            before(kind, value, trace)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+
+    sys.excepthook = hook
