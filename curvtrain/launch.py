@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -143,7 +143,7 @@ def _environment(options: argparse.Namespace, port: int, index: int) -> dict[str
 
 
 @contextlib.contextmanager
-def _passed_on(job: Job) -> Iterator[None]:
+def _passed_on(job: Job) -> Generator[None]:
     """SIGTERM and SIGINT go to the processes, whose ends decide about ours; if we fail, none of them stays behind."""
     before = {n: signal.signal(n, lambda number, _: job.send(number)) for n in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -14,4 +14,5 @@ from curvtrain.trainer.loop import FitResult as FitResult
 from curvtrain.trainer.loop import Preempted as Preempted
 from curvtrain.trainer.state import TrainState as TrainState
 from curvtrain.trainer.trainer import Trainer as Trainer
+from curvtrain.trainer.workdir import WorkdirInUse as WorkdirInUse
 from curvtrain.trainer.writers import read_jsonl as read_jsonl

@@ -57,7 +57,6 @@ class Checkpoints:
 
     def __init__(self, config: TrainerConfig):
         self.folder = Path(config.workdir or "").absolute()
-        _check_writable(self.folder)
         self._retention = _Retention(config)
         self._under_way: int | None = None
         self._failure: str | None = None  # of the newest save
@@ -307,18 +306,6 @@ def _spec_differences(saved: PyTree, wanted: PyTree) -> list[str]:
         for name in sorted(have.keys() | want.keys(), key=lambda name: (not name.startswith("params/"), name))
         if have.get(name) != want.get(name)
     ]
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".curvtrain-{os.getpid()}"
-        probe.touch()
-        probe.unlink(missing_ok=True)  # a process of the same number on another host may have been faster
-    except OSError as error:
-        raise ValueError(
-            f"TrainerConfig(workdir={os.fspath(folder)!r}) cannot be written: {error}. Choose another folder."
-        ) from error
 
 
 def _short(error: Exception) -> str:

@@ -30,6 +30,7 @@ from curvtrain.trainer.plan import Plan
 from curvtrain.trainer.progress import Clock, ProgressReport
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.step import telemetry
+from curvtrain.trainer.workdir import claimed
 from curvtrain.trainer.writers import open_writers
 
 log = logging.getLogger("curvtrain")
@@ -96,7 +97,10 @@ class Loop:
             stack.enter_context(self._catch_sigterm())  # outermost: a second one must not cut short the last save
             for kind in self.plan.kinds:
                 self.plan.lower(kind)  # what is wrong with model or optimizer shows before anything is written
-            self._checkpoints = None if config.workdir is None else stack.enter_context(Checkpoints(config))
+            self._checkpoints = None
+            if config.workdir is not None:
+                stack.enter_context(claimed(Path(config.workdir).absolute()))
+                self._checkpoints = stack.enter_context(Checkpoints(config))
             self._description = self.plan.description()
             start = self._restore_or_init()
             main = jax.process_index() == 0

@@ -123,6 +123,7 @@ class Trainer(abc.ABC):
 
         Raises:
           checkpoint.Mismatch: the workdir holds another run.
+          workdir.WorkdirInUse: another job trains in the workdir.
           loop.Diverged: the loss or the parameters are not finite.
           loop.Preempted: SIGTERM came; the run is saved. A SystemExit with status 0.
         """

@@ -22,6 +22,7 @@ from curvtrain import CurvatureSchedule, TrainerConfig, curvature, optim
 from curvtrain.trainer import Call, CheckpointError, Hook, Mismatch
 from curvtrain.trainer.checkpoint import Checkpoints
 from curvtrain.trainer.sharding import make_mesh
+from curvtrain.trainer.workdir import LOCK
 
 RUN = {"trainer": "Test", "train_data": {"seed": 0}}
 pytestmark = [
@@ -75,8 +76,8 @@ def on_disk(folder):
 
 
 def snapshot(folder):
-    """Every file below a folder, with its content and the time of its last change."""
-    files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file())
+    """Every file below a folder but the lock's, with its content and the time of its last change."""
+    files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != LOCK)
     return {str(path): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 

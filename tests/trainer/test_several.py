@@ -1,0 +1,156 @@
+"""Two processes of two devices each: killed, terminated and refused, as one would be.
+
+They are started by the launcher on `run_small.py`, the parameters of a layer split over the devices.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curvtrain.trainer import read_jsonl
+from curvtrain.trainer.workdir import claimed
+
+SCRIPT = Path(__file__).with_name("run_small.py")
+STEPS = 16
+pytestmark = pytest.mark.slow
+
+
+class Job:
+    """One start of the run, from the launcher's start to its end."""
+
+    def __init__(self, folder, cache, **options):
+        self.run, self.lines = folder / "run", []
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": "",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+        options = {
+            "workdir": str(self.run),
+            "steps": STEPS,
+            "save_every": 3,
+            "mesh": {"data": 2, "fsdp": 2},
+            "sharding": [["fc1/kernel", [None, "fsdp"]]],
+            **options,
+        }
+        launcher = [sys.executable, "-m", "curvtrain.launch", "--processes", "2", "--devices", "2"]
+        self.process = subprocess.Popen(
+            [*launcher, str(SCRIPT), json.dumps(options)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._timer = threading.Timer(240, self.process.kill)
+        self._timer.start()
+
+    def read_to(self, step):
+        """Reads until process 0 has done a step."""
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+            if line == f"step {step}\n":
+                return
+        raise AssertionError("\n".join(self.lines))
+
+    def pid(self, index):
+        """Of one of the processes, by its environment."""
+        for folder in Path("/proc").iterdir():
+            try:
+                told = (folder / "environ").read_bytes().split(b"\0")
+                parent = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+            except (OSError, IndexError):
+                continue
+            if parent == str(self.process.pid) and f"JAX_PROCESS_ID={index}".encode() in told:
+                return int(folder.name)
+        raise AssertionError("\n".join(self.lines))
+
+    def wait(self):
+        """Reads to the end: the exit status."""
+        self.lines += [line.rstrip() for line in self.process.stdout]
+        self.process.stdout.close()
+        self._timer.cancel()
+        return self.process.wait(timeout=60)
+
+    @property
+    def text(self):
+        return "\n".join(self.lines)
+
+    def last_steps(self):
+        """The last steps that processes 0 and 1 did."""
+        steps = re.findall(r"^(\[1\] )?step (\d+)$", self.text, re.MULTILINE)
+        return [max(int(step) for prefix, step in steps if bool(prefix) == other) for other in (False, True)]
+
+
+def saved(job):
+    return sorted(int(path.name) for path in job.run.iterdir() if path.name.isdigit())
+
+
+def finish(folder, cache, **options):
+    job = Job(folder, cache, out=str(folder / "end.npz"), **options)
+    assert job.wait() == 0, job.text
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, cache):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    finish(folder, cache)
+    return folder
+
+
+def assert_same_run(folder, reference):
+    """Every leaf of the state, the positions of the data, what hooks remember, and every logged number but the rate."""
+    with np.load(folder / "end.npz") as ours, np.load(reference / "end.npz") as theirs:
+        assert sorted(ours) == sorted(theirs)
+        assert [name for name in theirs if ours[name].tobytes() != theirs[name].tobytes()] == []
+    rows = [read_jsonl(path / "run" / "metrics.jsonl") for path in (folder, reference)]
+    ours, theirs = ([{k: v for k, v in row.items() if k != "steps_per_second"} for row in run] for run in rows)
+    assert ours == theirs and [row["step"] for row in theirs if "train/loss" in row] == list(range(1, STEPS + 1))
+
+
+def test_one_killed_and_one_terminated(tmp_path, cache, uninterrupted):
+    """SIGKILL of one ends both, SIGTERM to one saves one step on both, and the run ends as if undisturbed."""
+    job = Job(tmp_path, cache, sleep=0.05)
+    job.read_to(8)  # by which the save of step 3 is complete
+    killed = job.pid(0)
+    os.kill(killed, signal.SIGKILL)
+    assert job.wait() == 128 + signal.SIGKILL
+    assert f"process 0 of 2 (pid {killed}) was ended by SIGKILL; ending the other one" in job.text
+    assert 3 in saved(job) and max(saved(job)) < job.last_steps()[0]
+
+    job = Job(tmp_path, cache, sleep=0.3)
+    job.read_to(10)
+    os.kill(job.pid(1), signal.SIGTERM)
+    assert job.wait() == 0, job.text
+    stopped, other = job.last_steps()
+    assert stopped == other == saved(job)[-1] < STEPS
+    assert not list(job.run.glob("*.orbax-checkpoint-tmp*"))
+
+    finish(tmp_path, cache)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_job_whose_workdir_is_taken(tmp_path, cache):
+    """Process 0 alone holds the lock, and all are refused."""
+    with claimed(tmp_path / "run"):
+        job = Job(tmp_path, cache)
+        assert job.wait() == 1
+    assert job.text.count(f"in use by another job: process {os.getpid()} on {socket.gethostname()}, since") == 2
+    assert not (job.run / "metrics.jsonl").exists()
