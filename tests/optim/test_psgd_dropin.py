@@ -3,9 +3,7 @@
 import functools
 import inspect
 import runpy
-import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +16,7 @@ from flax import nnx
 from curvtrain import optim
 from curvtrain.curvature.psgd.geometry import direction_bound, spectral_bound
 from curvtrain.optim.psgd_dropin import _KronOfAxes
-
-sys.path.append(str(Path(__file__).parents[1] / "curvature"))
-import psgd_reference as ref
+from tests.curvature import psgd_reference as ref
 
 NAMES = ("xmat", "low_rank_approximation", "affine", "kron")
 OLDER = NAMES[:3]
