@@ -6,6 +6,7 @@ exactly, on any number of processes: every process takes its rows of the same gl
 
 import abc
 import functools
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -16,9 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvtrain.objective import batch_size as size_of
+from curvtrain.trainer import distributed
 
 Arrays = Mapping[str, np.ndarray]
 Batch = dict[str, np.ndarray]
+Positions = dict[str, Any]  # of the iterators "train" and "curvature"
 
 READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # of whole batches: grain's own 500 fill the memory
 ENDLESS = 2**40  # batches: grain's length of a dataset that repeats is larger
@@ -95,10 +98,15 @@ class ArrayData(TrainData):
 
 
 class GrainData(TrainData):
-    """A grain dataset whose elements are batches: its order, shuffling and repetition are its own."""
+    """A grain dataset whose elements are batches: its order, shuffling and repetition are its own.
 
-    def __init__(self, dataset: grain.MapDataset | grain.IterDataset, batch_size: int, shards: int = 1):
-        self.dataset, self.batch_size, self.shards = dataset, batch_size, shards
+    With several processes each one's dataset yields its own rows of every batch. If it takes every n-th example of a
+    common order, as in `dataset.shuffle(seed)[process::processes].repeat().batch(rows, drop_remainder=True)`, global
+    batches are the same on any number of processes, so a run goes on where it stopped though their number changed.
+    """
+
+    def __init__(self, dataset: grain.MapDataset | grain.IterDataset, batch_size: int, shard: int = 0, shards: int = 1):
+        self.dataset, self.batch_size = dataset, batch_size
         try:
             self._first = check_arrays("train_data", next(iter(_batches("train_data", dataset))))
         except StopIteration:
@@ -109,6 +117,15 @@ class GrainData(TrainData):
                 f"train_data yields batches of {found} examples, but TrainerConfig(batch_size={batch_size}) over "
                 f"{shards} processes needs {wanted}: end the dataset with .batch({wanted}, drop_remainder=True)."
             )
+        sums = dict(distributed.gather((shard, rows_checksum(self._first))))
+        if len(set(sums.values())) < len(sums):
+            warnings.warn(
+                "train_data begins with the same examples on several processes, which then compute the same. Split it: "
+                "dataset[jax.process_index() :: jax.process_count()] before batches are made.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._checksum = f"{sum(sums.values()) % 2**32:08x}"
 
     def iterator(self, stream=TRAIN, multiple=1):
         dataset = _batches("train_data", self.dataset)
@@ -124,15 +141,20 @@ class GrainData(TrainData):
         return {
             "source": type(self.dataset).__name__,
             "batch_size": self.batch_size,
-            "checksum": checksum(self._first) if self.shards == 1 else None,
+            "checksum": self._checksum,  # of the global batch, whoever holds which of its rows
         }
 
 
-def make_train_data(data: Any, batch_size: int, seed: int) -> TrainData:
-    """`train_data` as given to a Trainer, as batches for this process. Raises TypeError for anything else."""
-    shard, shards = jax.process_index(), jax.process_count()
+def make_train_data(data: Any, batch_size: int, seed: int, shard: int = 0, shards: int = 1) -> TrainData:
+    """`train_data` as given to a Trainer, as batches for this process. Raises TypeError for anything else.
+
+    Args:
+      data: `train_data`.
+      batch_size, seed: of the run.
+      shard, shards: which piece of every batch this process holds, of how many.
+    """
     if isinstance(data, grain.MapDataset | grain.IterDataset):
-        return GrainData(data, batch_size, shards)
+        return GrainData(data, batch_size, shard, shards)
     if isinstance(data, Mapping):
         return ArrayData(data, batch_size, seed, shard, shards)
     raise TypeError(
@@ -204,6 +226,31 @@ def checksum(batch: Batch) -> str:
         crc = zlib.crc32(f"{name}{array.shape}{array.dtype}".encode(), crc)
         crc = zlib.crc32(array.tobytes(), crc)
     return f"{crc:08x}"
+
+
+def rows_checksum(batch: Batch) -> int:
+    """A sum over a batch's examples of the CRCs of their names, shapes, dtypes and bytes: the order does not count."""
+    rows = range(size_of(batch))
+    return sum(int(checksum({name: array[row] for name, array in batch.items()}), 16) for row in rows) % 2**32
+
+
+def saved_positions(own: Positions | None) -> Any:
+    """The positions of all processes for a checkpoint: one if they are equal, as they are for arrays, else a list."""
+    everyones = distributed.gather(own)
+    return own if all(other == own for other in everyones) else everyones
+
+
+def own_positions(saved: Any) -> Positions:
+    """This process's entry of what `saved_positions` gave."""
+    if isinstance(saved, Mapping):
+        return dict(saved)
+    if len(saved) != jax.process_count():
+        raise ValueError(
+            f"The checkpoint holds the positions of train_data on {len(saved)} processes, which differ, and this run "
+            f"has {jax.process_count()}. Resume it on {len(saved)}: their number can change only where all positions "
+            f"are equal, as with arrays."
+        )
+    return saved[jax.process_index()]
 
 
 class _Shuffled(grain.sources.RandomAccessDataSource[Batch]):

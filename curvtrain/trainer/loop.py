@@ -23,7 +23,7 @@ from clu import parameter_overview
 from curvtrain.trainer import distributed
 from curvtrain.trainer.checkpoint import Checkpoints
 from curvtrain.trainer.checkpoint import versions as checkpoint_versions
-from curvtrain.trainer.data import CURVATURE, TRAIN, eval_batches
+from curvtrain.trainer.data import CURVATURE, TRAIN, eval_batches, own_positions, saved_positions
 from curvtrain.trainer.hooks import Hook, Run
 from curvtrain.trainer.metrics import Metrics, compute, merge
 from curvtrain.trainer.plan import Plan
@@ -190,6 +190,7 @@ class Loop:
         self._train_batches = plan.data.iterator(TRAIN)
         self._curvature_batches = plan.data.iterator(CURVATURE, plan.refresh_multiple)
         if positions is not None:
+            positions = own_positions(positions)
             self._train_batches.set_state(positions["train"])
             self._curvature_batches.set_state(positions["curvature"])
         for name, (at, value) in meta.get("logged", {}).items():
@@ -256,7 +257,7 @@ class Loop:
             "versions": checkpoint_versions(),
             "config": {name: repr(value) for name, value in dataclasses.asdict(self.config).items()},
             "mesh": dict(self.plan.mesh.shape),
-            "positions": self.positions,
+            "positions": saved_positions(self.positions),
             "logged": {name: (logged_at[name], value) for name, value in metrics.items()},
             "hooks": [{"kind": type(hook).__name__, "state": hook.state_dict()} for hook in self.hooks],
         }

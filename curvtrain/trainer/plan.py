@@ -58,7 +58,8 @@ class Plan:
         self.tx = _with_extra_args(optimizer)
         self.mesh = sharding.make_mesh(config.mesh)
         self._check_batch_sizes()
-        self.data = make_train_data(train_data, config.batch_size, config.seed)
+        self._shard, self._shards = sharding.process_rows(self.mesh)
+        self.data = make_train_data(train_data, config.batch_size, config.seed, self._shard, self._shards)
         self.data.iterator(CURVATURE, self.refresh_multiple)  # raises if the data does not hold so many examples
         self.state, self.objective = self._abstract_state()
         self.batch = self._abstract_batch(self.data.first())
@@ -159,9 +160,9 @@ class Plan:
         return abstract, static["objective"].with_state(shapes.model_state)
 
     def _abstract_batch(self, local: Batch, multiple: int = 1) -> PyTree:
-        rows, processes = NamedSharding(self.mesh, sharding.batch_spec(self.mesh)), jax.process_count()
+        rows = NamedSharding(self.mesh, sharding.batch_spec(self.mesh))
         dtype = lambda a: jax.dtypes.canonicalize_dtype(a.dtype)
-        shape = lambda a: (a.shape[0] * processes * multiple, *a.shape[1:])
+        shape = lambda a: (a.shape[0] * self._shards * multiple, *a.shape[1:])
         return {name: jax.ShapeDtypeStruct(shape(a), dtype(a), sharding=rows) for name, a in local.items()}
 
     def _abstract_outputs(self) -> PyTree:
@@ -181,13 +182,13 @@ class Plan:
 
     def put(self, batch: Batch, *, whole: bool = False) -> dict[str, jax.Array]:
         """A process's rows of a batch as global arrays; `whole`: each process gives all rows, and its own are taken."""
-        rows, processes = NamedSharding(self.mesh, sharding.batch_spec(self.mesh)), jax.process_count()
-        if processes == 1:
+        rows, shards = NamedSharding(self.mesh, sharding.batch_spec(self.mesh)), self._shards
+        if jax.process_count() == 1:
             return jax.device_put(batch, rows)
         if whole:
-            own = lambda a: np.split(a, processes)[jax.process_index()]
-            batch = {name: own(a) for name, a in batch.items()}
-        return {name: jax.make_array_from_process_local_data(rows, a) for name, a in batch.items()}
+            batch = {name: np.split(a, shards)[self._shard] for name, a in batch.items()}
+        put = lambda a: jax.make_array_from_process_local_data(rows, a, (len(a) * shards, *a.shape[1:]))
+        return {name: put(a) for name, a in batch.items()}
 
     def description(self) -> dict[str, Any]:
         """What makes this run this run, as plain JSON: a checkpoint is resumed only if all of it is the same."""

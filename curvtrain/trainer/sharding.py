@@ -34,10 +34,11 @@ def make_mesh(axes: Mapping[str, int]) -> Mesh:
         raise ValueError(f"TrainerConfig(mesh={dict(axes)}): only one axis can be -1 (the rest of the devices).")
     if rest and len(devices) % known == 0:
         sizes[rest[0]] = len(devices) // known
+    processes = f" (of {jax.process_count()} processes)" if jax.process_count() > 1 else ""
     if int(np.prod(list(sizes.values()))) != len(devices) or (rest and sizes[rest[0]] == -1):
         raise ValueError(
-            f"TrainerConfig(mesh={dict(axes)}) should multiply to the {len(devices)} devices of this run, and "
-            f"{known} {'does not divide them' if rest else 'does not'}. Use -1 for the rest, as in {{'data': -1}}."
+            f"TrainerConfig(mesh={dict(axes)}) should multiply to the {len(devices)} devices of this run{processes}, "
+            f"and {known} {'does not divide them' if rest else 'does not'}. Use -1 for the rest, as in {{'data': -1}}."
         )
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -50,6 +51,23 @@ def batch_spec(mesh: Mesh) -> PartitionSpec:
 def batch_shards(mesh: Mesh) -> int:
     """Into how many pieces the examples of a batch are split."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape]))
+
+
+def process_rows(mesh: Mesh) -> tuple[int, int]:
+    """(index, count) of the equal pieces of a batch that processes hold: this one's, and how many there are.
+
+    Processes that share the "tensor" axis hold the same piece, so there may be fewer pieces than processes.
+    """
+    pieces = batch_shards(mesh)
+    indices = NamedSharding(mesh, batch_spec(mesh)).addressable_devices_indices_map((pieces,))
+    own = sorted({index[0].indices(pieces)[0] for index in indices.values() if index is not None})
+    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own) or pieces % len(own):
+        raise ValueError(
+            f"With mesh={dict(mesh.shape)} process {jax.process_index()} of {jax.process_count()} has pieces {own} "
+            f"of the {pieces} of a batch, which are not one stretch of it. Give the first axis the number of processes "
+            f"or a multiple of it."
+        )
+    return own[0] // len(own), pieces // len(own)
 
 
 def param_specs(shapes: PyTree, annotated: PyTree, sharding: str | ShardingRules, mesh: Mesh) -> PyTree:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tiny import examples
 
+from curvtrain.trainer import distributed
 from curvtrain.trainer.data import (
     CURVATURE,
     TRAIN,
@@ -14,6 +15,9 @@ from curvtrain.trainer.data import (
     checksum,
     eval_batches,
     make_train_data,
+    own_positions,
+    rows_checksum,
+    saved_positions,
 )
 
 ROWS = {"x": np.arange(20)}  # a batch's rows are their own names
@@ -204,6 +208,35 @@ def test_two_processes_need_half_a_batch_each():
     assert GrainData(singles(12).repeat().batch(4), 8, shards=2).first()["x"].shape == (4,)
     with pytest.raises(ValueError, match=r"over 2 processes needs 2"):
         GrainData(singles(12).repeat().batch(4), 4, shards=2)
+
+
+def test_a_grain_run_is_the_same_run_whichever_process_holds_which_rows():
+    """Like the sum over processes that each take every second example."""
+    order = singles(16).seed(5).shuffle()
+    whole = GrainData(order.repeat().batch(8, drop_remainder=True), 8)
+    first = [order[i::2].repeat().batch(4, drop_remainder=True)[0] for i in range(2)]
+    total = sum(rows_checksum({name: np.asarray(a) for name, a in batch.items()}) for batch in first)
+    assert whole.description()["checksum"] == f"{total % 2**32:08x}"
+    other = GrainData(order.seed(6).shuffle().repeat().batch(8, drop_remainder=True), 8)
+    assert other.description() != whole.description()
+
+
+def test_positions_of_processes(monkeypatch):
+    own, other = {"train": {"next_index": 3}}, {"train": {"next_index": 4}}
+    assert own_positions(saved_positions(own)) == own
+    monkeypatch.setattr(distributed, "gather", lambda value: [value, other])
+    assert saved_positions(other) == other and saved_positions(own) == [own, other]
+    with pytest.raises(ValueError, match="positions of train_data on 2 processes, which differ, and this run has 1"):
+        own_positions([own, other])
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert own_positions([own, other]) == other and own_positions(own) == own
+
+
+def test_processes_that_begin_with_the_same_examples(monkeypatch):
+    monkeypatch.setattr(distributed, "gather", lambda value: [(0, value[1]), (1, value[1])])
+    with pytest.warns(RuntimeWarning, match=r"same examples on several processes.*jax\.process_index\(\) ::"):
+        GrainData(singles(12).repeat().batch(4), 8, shard=0, shards=2)
 
 
 def test_make_train_data():

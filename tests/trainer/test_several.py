@@ -13,15 +13,53 @@ import sys
 import threading
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
+import run_small
 
 from curvtrain.trainer import read_jsonl
+from curvtrain.trainer.data import ArrayData
 from curvtrain.trainer.workdir import claimed
 
 SCRIPT = Path(__file__).with_name("run_small.py")
 STEPS = 16
+DATA = """
+import json, sys
+from pathlib import Path
+import grain, jax, numpy as np, optax
+import curvtrain, run_small
+
+workdir, steps, mesh = json.loads(sys.argv[1])
+curvtrain.trainer.distributed.start()  # the dataset below asks which process this is
+rows, (process, processes) = run_small.data(), (jax.process_index(), jax.process_count())
+source = [{name: a[i] for name, a in rows.items()} for i in range(len(rows["x"]))]
+shuffled = grain.MapDataset.source(source).seed(3).shuffle()
+shards = 1 if "tensor" in mesh else processes  # along which all processes hold the same rows
+piece = shuffled[process % shards :: shards].repeat(reseed_each_epoch=False)
+kinds = {"arrays": rows, "grain": piece.batch(16 // shards, drop_remainder=True)}
+for kind, data in kinds.items():
+    trainer = run_small.make(train_data=data, optimizer=optax.sgd(0.1), estimator=None, workdir=Path(workdir) / kind,
+                             steps=steps, mesh=mesh, eval_every=None, ema=None)
+    trainer.fit()
+"""
 pytestmark = pytest.mark.slow
+
+
+def environment(cache):
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",  # where there is no launcher
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+LAUNCHER = [sys.executable, "-m", "curvtrain.launch", "--processes", "2", "--devices", "2"]
 
 
 class Job:
@@ -29,15 +67,6 @@ class Job:
 
     def __init__(self, folder, cache, **options):
         self.run, self.lines = folder / "run", []
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": "",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in half the time
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
         options = {
             "workdir": str(self.run),
             "steps": STEPS,
@@ -46,10 +75,9 @@ class Job:
             "sharding": [["fc1/kernel", [None, "fsdp"]]],
             **options,
         }
-        launcher = [sys.executable, "-m", "curvtrain.launch", "--processes", "2", "--devices", "2"]
         self.process = subprocess.Popen(
-            [*launcher, str(SCRIPT), json.dumps(options)],
-            env=environment,
+            [*LAUNCHER, str(SCRIPT), json.dumps(options)],
+            env=environment(cache),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -154,3 +182,32 @@ def test_a_job_whose_workdir_is_taken(tmp_path, cache):
         assert job.wait() == 1
     assert job.text.count(f"in use by another job: process {os.getpid()} on {socket.gethostname()}, since") == 2
     assert not (job.run / "metrics.jsonl").exists()
+
+
+def test_data_goes_on_where_it_stopped_on_another_number_of_processes(tmp_path, cache):
+    """On two, on two that hold the same rows, on one: batches are made of the examples that one process would take."""
+    script = tmp_path / "script.py"
+    script.write_text(DATA)
+    for start, steps, mesh in (
+        (LAUNCHER, 4, {"data": -1}),
+        (LAUNCHER, 8, {"tensor": 4}),
+        ([sys.executable], 14, {"data": 4}),
+    ):
+        command = [*start, str(script), json.dumps([str(tmp_path), steps, mesh])]
+        done = subprocess.run(command, env=environment(cache), capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+    rows = run_small.data()
+    arrays = ArrayData(rows, 16, seed=0).iterator()
+    grains = grain.MapDataset.source(rows["number"]).seed(3).shuffle().repeat(reseed_each_epoch=False).batch(16)
+    orders = {
+        "arrays": [next(arrays)["number"].mean() for _ in range(14)],
+        "grain": [grains[i].mean() for i in range(14)],
+    }
+    for kind, order in orders.items():
+        logged = {
+            row["step"]: row["train/order"]
+            for row in read_jsonl(tmp_path / kind / "metrics.jsonl")
+            if "train/order" in row
+        }
+        assert list(logged) == list(range(1, 15))
+        np.testing.assert_allclose(list(logged.values()), order, rtol=1e-5)

@@ -57,6 +57,11 @@ def test_mesh_errors(axes, message):
         sharding.make_mesh(axes)
 
 
+def test_one_process_holds_whole_batches():
+    for axes in ({"data": 8}, {"data": 2, "fsdp": 4}, {"tensor": 8}, {"data": 2, "tensor": 4}):
+        assert sharding.process_rows(sharding.make_mesh(axes)) == (0, 1)
+
+
 def test_batches_are_split_over_data_and_fsdp():
     assert sharding.batch_shards(sharding.make_mesh({"tensor": 8})) == 1
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
