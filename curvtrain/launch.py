@@ -23,7 +23,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-GRACE = 10.0  # seconds that a process has between SIGTERM and SIGKILL, once another one has failed
+GRACE = 5.0  # seconds that a process has between SIGTERM and SIGKILL, once another one has failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

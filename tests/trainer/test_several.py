@@ -211,3 +211,17 @@ def test_data_goes_on_where_it_stopped_on_another_number_of_processes(tmp_path, 
         }
         assert list(logged) == list(range(1, 15))
         np.testing.assert_allclose(list(logged.values()), order, rtol=1e-5)
+
+
+def test_an_error_of_one_process_ends_all_at_once(tmp_path, cache):
+    """JAX's own end of process 1 would wait for process 0, which waits for it in a collective."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import jax; from jax.experimental import multihost_utils; from curvtrain.trainer import distributed\n"
+        "distributed.start()\n"
+        "if jax.process_index() == 1: raise ValueError('of one only')\n"
+        "multihost_utils.sync_global_devices('never')\n"
+    )
+    done = subprocess.run([*LAUNCHER, str(script)], env=environment(cache), capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and "[1] ValueError: of one only" in done.stderr
+    assert re.search(r"curvtrain\.launch: process 1 of 2 \(pid \d+\) failed with status 1", done.stderr)
