@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import optax
 
 import curvtrain
@@ -165,7 +166,7 @@ def run(options: RunOptions, rates: Mapping[str, float | None], make_trainer: Ma
             continue
         print(f"--- {name}, learning rate {'adaptive' if rate is None else f'{rate:g}'}, {options.steps} steps")
         results[name] = trainer.fit()
-    if results:
+    if results and jax.process_index() == 0:
         print(f"\n{_table(options, results)}")
         _draw(options, list(results))
     return results
