@@ -243,8 +243,10 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 new |= {"scales": c.blocks(seeds), "scale_weight": jnp.float32(1)}
         if self.stale is not None:
             stale = stale.refreshed(c.factors, finite, self.stale)
+        finite = owners.everywhere(finite)
+        finite = {size: c.layout.stack(size).take(ok) for size, ok in finite.items()}
         mixed = {name: _mixed(e) for name, e in c.embeddings.items()}
-        eigen = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=owners.everywhere(finite))
+        eigen = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=finite)
         bases, whole = kf.keep_finite({name: _basis(e, eigen[name]) for name, e in c.embeddings.items()}, c.bases)
         failures = sum((jnp.sum(~ok, dtype=jnp.int32) for ok in (*finite.values(), *whole.values())), c.failures)
         return dataclasses.replace(
