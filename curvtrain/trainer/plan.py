@@ -244,7 +244,8 @@ class Plan:
         )
         wide = self._abstract_batch(self.data.first(), self.refresh_multiple) if self.wide(kind) else None
         out = (self.layout, NamedSharding(self.mesh, PartitionSpec()))
-        return jax.jit(step, donate_argnums=0, out_shardings=out).lower(self.state, self.batch, wide)
+        with jax.set_mesh(self.mesh):  # estimators split their work over it
+            return jax.jit(step, donate_argnums=0, out_shardings=out).lower(self.state, self.batch, wide)
 
     @functools.cached_property
     def eval_program(self) -> Any:

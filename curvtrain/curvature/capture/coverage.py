@@ -49,11 +49,12 @@ class Coverage:
             node.update(layer.parameters(matrices[layer.name]))
         return tree
 
-    def table(self, blocks: Mapping[str, tuple[str, int]]) -> str:
+    def table(self, blocks: Mapping[str, tuple[str, int]], besides: Mapping[str, int] | None = None) -> str:
         """A table of path, layer, block, shapes, bytes of curvature and share of the parameters.
 
         Args:
           blocks: for each layer's name, the kind of its block and the bytes of its curvature.
+          besides: bytes that belong to no layer, by what they are.
         """
         total = sum(layer.size for layer in self.layers)
         head = ("parameters", "layer", "block", "shapes", "curvature bytes", "share")
@@ -62,7 +63,10 @@ class Coverage:
             kind, size = blocks[layer.name]
             shapes = ", ".join(f"{name} {(*layer.stack, *shape)}" for name, shape in layer.shapes)
             lines.append((layer.name or ".", layer.kind, kind, shapes, f"{size:,}", f"{layer.size / total:.1%}"))
-        lines.append(("total", "", "", f"{total:,} parameters", f"{sum(b for _, b in blocks.values()):,}", "100.0%"))
+        besides = besides or {}
+        lines += [(name, "", "", "", f"{size:,}", "") for name, size in besides.items()]
+        bytes_ = sum(size for _, size in blocks.values()) + sum(besides.values())
+        lines.append(("total", "", "", f"{total:,} parameters", f"{bytes_:,}", "100.0%"))
         widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -22,6 +22,7 @@ from curvtrain.curvature.capture.coverage import UNCOVERED
 from curvtrain.curvature.capture.layers import Layer, MatrixLayer
 from curvtrain.curvature.capture.statistics import WEIGHT_SHARING, KroneckerStatistic
 from curvtrain.curvature.kfac import factors as kf
+from curvtrain.curvature.kfac import owners
 from curvtrain.curvature.kfac.factors import INVERSES, KroneckerFactors
 from curvtrain.curvature.kfac.stale import Staleness
 from curvtrain.objective import Objective, safe
@@ -51,6 +52,11 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         one that changes by less than this relative to its size waits longer (Osawa et al. 2020, arXiv 2002.06015; see
         `stale.py`). With inverse="cholesky" another damping makes all due. Embeddings' bases are always refreshed.
         Costs the memory of two more copies of the factors. None: all factors at every refresh.
+      slots: on how many devices, or on a number that divides it, the stacks of factors and all that is made of them are
+        split, each device having some layers and factorising those; more than there are layers of a kind costs padding
+        (`overview` says how much). None: the largest power of two up to 64 of which the padding is at most a tenth. 1:
+        all factors and inverses on every device, which still factorises only a share. It is part of the state; see
+        `owners.py`.
       uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.
       plain: regular expression; layers and parameters whose path it matches get that diagonal too.
 
@@ -68,6 +74,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
     damping: float = 1e-3
     scale_every: int = 1
     stale: float | None = None
+    slots: int | None = None
     uncovered: str = "error"
     plain: str | None = None
 
@@ -80,6 +87,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         _checks.positive_int("KFAC(scale_every)", self.scale_every)
         if self.stale is not None:
             _checks.number_in("KFAC(stale)", self.stale, 0.0, 1.0, open_low=True, open_high=True)
+        if self.slots is not None:
+            _checks.positive_int("KFAC(slots)", self.slots)
         _checks.one_of("KFAC(uncovered)", self.uncovered, UNCOVERED)
 
     def coverage(self, objective: Objective | None, params: PyTree) -> Coverage:
@@ -91,9 +100,11 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
 
     def init(self, objective, params) -> KroneckerFactors:
         coverage = self.coverage(objective, params)
-        sizes = dict(kf.layout_of(coverage).sizes)
-        stacks = {size: jnp.zeros((count, d, d)) for size, (d, count) in sizes.items()}
         cholesky, ekfac = self.inverse == "cholesky", self.inverse == "ekfac"
+        slots = owners.slots_for(coverage, ekfac) if self.slots is None else self.slots
+        layout = owners.layout_of(coverage, slots)
+        sizes = {size: (d, stack.slots) for size, (d, stack) in layout.factors}
+        stacks = {size: jnp.zeros((count, d, d)) for size, (d, count) in sizes.items()}
         eyes = {size: jnp.zeros((count, d, d)) + jnp.eye(d) for size, (d, count) in sizes.items()}
         embeddings, bases, norms = {}, {}, {}
         for layer in coverage.layers:
@@ -105,7 +116,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 bases[layer.name] = {"Q": square + jnp.eye(D), "G": zero, "A_head": zero}
             elif isinstance(layer, NormLayer):
                 norms[layer.name] = jnp.zeros((layer.copies * layer.channels, layer.units, layer.units))
-        scales = {m.name: jnp.zeros((m.copies, m.d_i, m.d_o)) for m in kf.matrices_of(coverage)} if ekfac else {}
+        zeros = {m.name: jnp.zeros((m.copies, m.d_i, m.d_o)) for m in owners.matrices_of(coverage)}
+        scales: Any = owners.blocks(coverage, slots, zeros) if ekfac else {}
         return KroneckerFactors(
             factors=stacks,
             embeddings=embeddings,
@@ -126,6 +138,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             skipped=jnp.int32(0),
             coverage=coverage,
             inverse=self.inverse,
+            slots=slots,
         )
 
     def update(self, curvature: KroneckerFactors, objective, params, batch, key) -> KroneckerFactors:
@@ -140,8 +153,9 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         statistic = KroneckerStatistic(self.weight_sharing, scales=scales)
         given = {}
         if scales:
-            for layer in kf.matrices_of(c.coverage):
-                QA, QG = c.pair(c.vectors, layer.name)
+            vectors = owners.everywhere(c.vectors)  # every device has examples of every layer
+            for layer in owners.matrices_of(c.coverage):
+                QA, QG = c.pair(vectors, layer.name)
                 of = lambda Q, layer=layer: Q.reshape(*layer.stack, layer.groups, *Q.shape[1:])
                 given[layer.name] = {"QA": of(QA), "QG": of(QG)}
         found, W = collect(objective, params, batch, key, c.coverage, statistic, self.fisher, given=given, who="KFAC")
@@ -152,8 +166,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         average = lambda old, new: old + (new - old) / weight  # debiased: the first batch counts in full
 
         stacks: dict[str, list[jax.Array]] = {size: [] for size in c.factors}
-        layout = dict(kf.layout_of(c.coverage).at)
-        embeddings, norms, new_scales = {}, {}, dict(c.scales)
+        layout = dict(c.layout.at)
+        embeddings, norms, moments = {}, {}, {}
         scale_weight = self.ema * c.scale_weight + 1.0
         scale_weights = {name: self.ema * w + 1.0 for name, w in c.stale.scale_weights.items()}
         for layer in c.coverage.known:
@@ -163,9 +177,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 stacks[a].append(_per_row(x["A"], x["rows"], layer).reshape(layer.copies, layer.d_i, layer.d_i))
                 stacks[g].append((x["G"] / W).reshape(layer.copies, layer.d_o, layer.d_o))
                 if scales:
-                    S, old = x["S"].reshape(layer.copies, layer.d_i, layer.d_o) / W, c.scales[layer.name]
-                    own = scale_weights[layer.name][:, None, None] if scale_weights else scale_weight
-                    new_scales[layer.name] = old + (S - old) / own
+                    moments[layer.name] = x["S"].reshape(layer.copies, layer.d_i, layer.d_o) / W
             elif isinstance(layer, EmbedLayer):
                 K, e = layer.copies, c.embeddings[layer.name]
                 x = {
@@ -178,9 +190,18 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             else:
                 assert isinstance(layer, NormLayer)
                 norms[layer.name] = average(c.norms[layer.name], norm_blocks(x["F"], layer) / W)
+        new_scales = c.scales
+        if scales:
+            S = owners.shared(owners.blocks(c.coverage, c.slots, moments), c.slots)
+            own: Any = jax.tree.map(lambda _: scale_weight, S)
+            if scale_weights:
+                each = {name: w[:, None, None] for name, w in scale_weights.items()}
+                own = jax.tree.map(safe, owners.blocks(c.coverage, c.slots, each))  # 0 where there is padding
+            new_scales = jax.tree.map(lambda S, old, own: old + (S - old) / own, S, c.scales, own)
+        placed = {size: owners.shared(c.layout.stack(size).place(new), c.slots) for size, new in stacks.items()}
         new = dataclasses.replace(
             c,
-            factors={size: average(c.factors[size], jnp.concatenate(new)) for size, new in stacks.items()},
+            factors={size: average(c.factors[size], new) for size, new in placed.items()},
             embeddings=embeddings,
             norms=norms,
             plain={name: average(old, found[name]["D2"].reshape(old.shape) / W) for name, old in c.plain.items()},
@@ -203,27 +224,29 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             inverses, finite = c.damped_inverses(damping, due)
             new: dict[str, Any] = {"inverses": inverses}
         else:
-            cached = {size: (c.values[size], c.vectors[size]) for size in c.factors}
-            kept = {} if due is None else {size: (due[size], cached[size]) for size in cached}
-            found = stacks.in_turn(lambda size, X: _positive(*stacks.eigh(X, kept.get(size))), c.factors)
-            found, finite = kf.keep_finite(found, cached)
+            found, finite = c.eigenbases(due)
             values = {size: pair[0] for size, pair in found.items()}
             new = {"values": values, "vectors": {size: pair[1] for size, pair in found.items()}}
             if self.inverse == "ekfac":  # the second moments of another basis say nothing of this one
-                seeds, weights = {}, {}
-                for layer in kf.matrices_of(c.coverage):
-                    alpha, gamma = c.pair(values, layer.name)
-                    seeds[layer.name] = alpha[:, :, None] * gamma[:, None, :]
-                    if due is not None:
-                        moved = functools.reduce(operator.or_, c.pair(due, layer.name))
-                        seeds[layer.name] = jnp.where(moved[:, None, None], seeds[layer.name], c.scales[layer.name])
-                        weights[layer.name] = jnp.where(moved, 1.0, stale.scale_weights[layer.name])
+                seed = lambda alpha, gamma: alpha[:, :, None] * gamma[:, None, :]
+                weights = {}
+                if due is None:
+                    seeds = c.by_matrix(seed, (values,))
+                else:
+                    whose, moved = owners.everywhere(due), {}
+                    for layer in owners.matrices_of(c.coverage):
+                        moved[layer.name] = new_basis = functools.reduce(operator.or_, c.pair(whose, layer.name))
+                        weights[layer.name] = jnp.where(new_basis, 1.0, stale.scale_weights[layer.name])
+                    pick = lambda alpha, gamma, S, moved: jnp.where(moved[:, None, None], seed(alpha, gamma), S)
+                    seeds = c.by_matrix(pick, (values,), c.scales, moved)
                 stale = dataclasses.replace(stale, scale_weights=weights)
-                new |= {"scales": seeds, "scale_weight": jnp.float32(1)}
+                new |= {"scales": c.blocks(seeds), "scale_weight": jnp.float32(1)}
         if self.stale is not None:
             stale = stale.refreshed(c.factors, finite, self.stale)
+        finite = owners.everywhere(finite)
+        finite = {size: c.layout.stack(size).take(ok) for size, ok in finite.items()}
         mixed = {name: _mixed(e) for name, e in c.embeddings.items()}
-        eigen = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=new)
+        eigen = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=finite)
         bases, whole = kf.keep_finite({name: _basis(e, eigen[name]) for name, e in c.embeddings.items()}, c.bases)
         failures = sum((jnp.sum(~ok, dtype=jnp.int32) for ok in (*finite.values(), *whole.values())), c.failures)
         return dataclasses.replace(
@@ -231,8 +254,15 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         )
 
     def partition_specs(self, curvature: KroneckerFactors, param_specs, mesh):
-        """Factors and what is made of them are replicated."""
-        return jax.tree.map(lambda _: PartitionSpec(), curvature)
+        """Stacks of factors, and what is made of them, are split over as many devices as `slots` allows."""
+        specs = jax.tree.map(lambda _: PartitionSpec(), curvature)
+        spec = owners.spec_for(owners.axes_for({} if mesh is None else mesh.shape, curvature.slots))
+        split = lambda tree: jax.tree.map(lambda _: spec, tree)
+        stacks = {
+            name: split(getattr(curvature, name)) for name in ("factors", "inverses", "vectors", "values", "scales")
+        }
+        stale = dataclasses.replace(split(curvature.stale), scale_weights=specs.stale.scale_weights)
+        return dataclasses.replace(specs, **stacks, stale=stale)
 
     def overview(self, objective, params) -> str:
         curvature = jax.eval_shape(self.init, objective, params)
@@ -256,7 +286,11 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             else:
                 size, kind = 4 * layer.size, "diagonal"
             blocks[layer.name] = (kind, size)
-        return coverage.table(blocks)
+        c = curvature
+        kept = jax.tree.leaves((c.factors, c.inverses, c.vectors, c.values, c.scales, c.stale))
+        matrices = [layer.name for layer in owners.matrices_of(coverage)]
+        padding = sum(a.size * a.dtype.itemsize for a in kept) - sum(blocks[name][1] for name in matrices)
+        return coverage.table(blocks, {f"padding for {c.slots} slots": padding} if padding else {})
 
 
 def _finite(found: dict[str, jax.Array]) -> jax.Array:
@@ -282,11 +316,6 @@ def _basis(e: dict[str, jax.Array], Q: jax.Array) -> dict[str, jax.Array]:
     diagonal = lambda X: jnp.maximum(jnp.einsum("kij,kij->kj", Q, X @ Q), 0.0)
     with trees.exact():
         return {"Q": Q, "G": diagonal(e["G"]), "A_head": diagonal(e["A_head"])}
-
-
-def _positive(values: jax.Array, Q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues of a positive semi-definite matrix, without what rounding made negative."""
-    return jnp.maximum(values, 0.0), Q
 
 
 def _per_row(x: jax.Array, rows: jax.Array, layer: Layer) -> jax.Array:

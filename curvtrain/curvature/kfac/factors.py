@@ -4,7 +4,7 @@ Symbols as in `capture/layers.py`, and:
 
 | symbol | shape | meaning |
 |---|---|---|
-| A, G | (K, d_i, d_i), (K, d_o, d_o) | factors; all factors of one size d live in one stack, (L, d, d) |
+| A, G | (K, d_i, d_i), (K, d_o, d_o) | factors; all factors of one size d live in one stack, (slots, d, d) |
 | lambda | () | damping |
 | pi | (K,) | sqrt((tr A / d_i) / (tr G / d_o)): how the damping is split over the factors |
 | Q_A, alpha, Q_G, gamma | | eigenvectors and eigenvalues of A and G |
@@ -19,10 +19,13 @@ Blocks of other layers, each exact for any damping:
 * embedding: row v of the table has c_v G + h_v H, c the share of token v, H and h the factors of `attend` (zero without
   it).
 * norm layer: p x p for every channel. Plain parameter: its diagonal.
+
+Stacks, and what is done with them, are split over devices by `owners.py`; other blocks are not.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +35,8 @@ from curvtrain.curvature import stacks, trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.capture import Coverage, EmbedLayer, NormLayer, PlainParameter
 from curvtrain.curvature.capture.layers import Layer, MatrixLayer
+from curvtrain.curvature.kfac import owners
+from curvtrain.curvature.kfac.owners import Layout, layout_of, matrices_of
 from curvtrain.curvature.kfac.stale import Staleness
 from curvtrain.curvature.products import as_matrix
 
@@ -43,53 +48,20 @@ _CG_TOLERANCE = 1e-6
 _CG_STEPS = 100
 
 
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """Where each layer's factors are: static.
-
-    Attributes:
-      at: for each matrix's name, (stack of A, first index, stack of G, first index).
-      sizes: for each stack, (d, number of factors).
-    """
-
-    at: tuple[tuple[str, tuple[str, int, str, int]], ...]
-    sizes: tuple[tuple[str, tuple[int, int]], ...]
-
-
-@functools.cache
-def layout_of(coverage: Coverage) -> Layout:
-    counts: dict[int, int] = {}
-    at = []
-    for layer in matrices_of(coverage):
-        where: list[Any] = []
-        for d in (layer.d_i, layer.d_o):
-            where += [str(d), counts.get(d, 0)]
-            counts[d] = counts.get(d, 0) + layer.copies
-        at.append((layer.name, tuple(where)))
-    return Layout(tuple(at), tuple((str(d), (d, count)) for d, count in sorted(counts.items())))
-
-
-def matrices_of(coverage: Coverage) -> list[MatrixLayer]:
-    return [layer for layer in coverage.layers if isinstance(layer, MatrixLayer)]
-
-
-def _of(coverage: Coverage, kind: type) -> list[Any]:
-    return [layer for layer in coverage.layers if isinstance(layer, kind)]
-
-
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KroneckerFactors(Curvature):
     """Kronecker factors of every layer, with what has been factorised of them.
 
     Attributes:
-      factors: for each size d, all factors of that size, (L, d, d); moving averages.
+      factors: for each size d, all factors of that size, (slots, d, d); moving averages. Which slot is whose says
+        `layout`; those of nobody are zero.
       embeddings: for each embedding, counts (K, V), G (K, D, D), A_head (K, D, D), G_head (K, V).
       norms: for each norm layer, (K * C, p, p).
       plain: for each plain parameter, its diagonal, like the parameter's vector (size,).
       weight: what the moving averages have seen, sum of powers of the decay.
-      inverses: "cholesky": for each size, (L, d, d) damped inverses.
-      vectors, values: "eigh" and "ekfac": eigenvectors (L, d, d) as columns and eigenvalues (L, d).
+      inverses: "cholesky": for each size, (slots, d, d) damped inverses.
+      vectors, values: "eigh" and "ekfac": eigenvectors (slots, d, d) as columns and eigenvalues (slots, d).
       bases: for each embedding, eigenvectors (K, D, D) of its rows' matrix, and the diagonals (K, D) of G and A_head.
       scales: "ekfac": for each matrix, S (K, d_i, d_o).
       scale_weight: as `weight`, for S in the present basis.
@@ -98,6 +70,7 @@ class KroneckerFactors(Curvature):
       updates, refreshes: so far.
       failures: factors and embeddings whose factorisation was not finite; the last good one was kept.
       skipped: updates with statistics that were not finite, or of no example; nothing was absorbed.
+      slots: of how many owners stacks are; see `owners.py`.
     """
 
     factors: Arrays
@@ -109,7 +82,7 @@ class KroneckerFactors(Curvature):
     vectors: Arrays
     values: Arrays
     bases: dict[str, Arrays]
-    scales: Arrays
+    scales: Mapping[str, jax.Array]
     scale_weight: jax.Array
     stale: Staleness
     damping: jax.Array
@@ -119,54 +92,101 @@ class KroneckerFactors(Curvature):
     skipped: jax.Array
     coverage: Coverage = dataclasses.field(metadata=dict(static=True))
     inverse: str = dataclasses.field(metadata=dict(static=True))
+    slots: int = dataclasses.field(default=1, metadata=dict(static=True))
 
     # -- factors -------------------------------------------------------------------------------------------------------
 
+    @property
+    def layout(self) -> Layout:
+        """Which slot is whose."""
+        return layout_of(self.coverage, self.slots)
+
     def pair(self, stacks: Arrays, name: str) -> tuple[jax.Array, jax.Array]:
         """(A's part, G's part) of a dictionary of stacks, for one matrix."""
-        layer = next(layer for layer in matrices_of(self.coverage) if layer.name == name)
-        a, i, g, j = dict(layout_of(self.coverage).at)[name]
-        return stacks[a][i : i + layer.copies], stacks[g][j : j + layer.copies]
+        K = next(layer.copies for layer in matrices_of(self.coverage) if layer.name == name)
+        a, i, g, j = dict(self.layout.at)[name]
+        return self.layout.stack(a).take(stacks[a], i, K), self.layout.stack(g).take(stacks[g], j, K)
 
-    def pi(self, name: str) -> jax.Array:
-        """pi (K,): 1 where a factor is zero."""
-        A, G = self.pair(self.factors, name)
-        a, g = (jnp.mean(diagonals(X), axis=-1) for X in (A, G))
-        ok = (a > 0) & (g > 0)
-        return jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0))
+    def pis(self) -> dict[str, jax.Array]:
+        """For each matrix pi (K,): 1 where a factor is zero."""
+        means = owners.everywhere({size: jnp.mean(diagonals(X), axis=-1) for size, X in self.factors.items()})
+        found = {}
+        for layer in matrices_of(self.coverage):
+            a, g = self.pair(means, layer.name)
+            ok = (a > 0) & (g > 0)
+            found[layer.name] = jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0))
+        return found
 
     def damped_inverses(self, damping: jax.Array | float, due: Arrays | None = None) -> tuple[Arrays, Arrays]:
         """The inverses of all factors with the damping split by pi, stack by stack; or of those that are due.
 
-        Returns (inverses, whether they are finite (L,)): where one is not finite, or not due, the cached one stands.
+        Returns (inverses, whether they are finite (slots,)): where one is not finite, or not due, the cached one
+        stands.
         """
-        root = jnp.sqrt(jnp.float32(damping))
+        root, pis = jnp.sqrt(jnp.float32(damping)), self.pis()
         parts: dict[str, list[jax.Array]] = {size: [] for size in self.factors}
-        for name, (a, _, g, _) in layout_of(self.coverage).at:
-            pi = self.pi(name)
-            parts[a].append(pi * root)
-            parts[g].append(root / pi)
-        shifts = {size: jnp.concatenate(shift) for size, shift in parts.items()}
-        kept = {} if due is None else {size: (due[size], self.inverses[size]) for size in shifts}
-        new = stacks.in_turn(lambda size, shift: stacks.inverse(self.factors[size], shift, kept.get(size)), shifts)
-        return keep_finite(new, self.inverses, {size: diagonals(X) for size, X in new.items()})
+        for name, (a, _, g, _) in self.layout.at:
+            parts[a].append(pis[name] * root)
+            parts[g].append(root / pis[name])
+        shifts = owners.everywhere({size: self.layout.stack(size).place(shift) for size, shift in parts.items()})
+
+        def factorise(given):
+            X, shifts, old = ({size: arrays[i] for size, (arrays, _) in given.items()} for i in range(3))
+            kept = {size: None if due is None else (due, old[size]) for size, (_, due) in given.items()}
+            new = stacks.in_turn(lambda size, shift: stacks.inverse(X[size], shift, kept[size]), shifts)
+            return keep_finite(new, old, {size: diagonals(X) for size, X in new.items()})
+
+        given = {size: (X, shifts[size], self.inverses[size]) for size, X in self.factors.items()}
+        return self.spread(factorise, given, due)
+
+    def eigenbases(self, due: Arrays | None = None) -> tuple[dict[str, tuple[jax.Array, jax.Array]], Arrays]:
+        """(eigenvalues and eigenvectors of all factors, or of those that are due; which are finite (slots,))."""
+
+        def factorise(given):
+            old = {size: arrays[1:] for size, (arrays, _) in given.items()}
+            kept = {size: None if due is None else (due, old[size]) for size, (_, due) in given.items()}
+            X = {size: arrays[0] for size, (arrays, _) in given.items()}
+            found = stacks.in_turn(lambda size, X: _positive(*stacks.eigh(X, kept[size])), X)
+            return keep_finite(found, old)
+
+        given = {size: (X, self.values[size], self.vectors[size]) for size, X in self.factors.items()}
+        return self.spread(factorise, given, due)
+
+    def spread(self, function: Callable[..., Any], given: dict[str, PyTree], due: Arrays | None) -> Any:
+        """function({size: (arrays, which are due)}), each device at its share."""
+        pairs = {size: (arrays, None if due is None else due[size]) for size, arrays in given.items()}
+        return owners.spread(function, self.coverage, self.slots, pairs)
+
+    def by_matrix(
+        self, function: Callable[..., jax.Array], stacks: tuple[Arrays, ...], *extras: Mapping[str, jax.Array]
+    ) -> Mapping[str, jax.Array]:
+        """{name: function(A's part and G's part of each of the stacks, and each of the extras)}, (K, d_i, d_o) each."""
+        found = owners.by_shape(function, self.coverage, self.slots, stacks, extras)
+        if found is not None:
+            return found
+        parts = lambda name: (part for stack in stacks for part in self.pair(stack, name))
+        names = [layer.name for layer in matrices_of(self.coverage)]
+        return {name: function(*parts(name), *(extra[name] for extra in extras)) for name in names}
+
+    def blocks(self, found: Mapping[str, jax.Array]) -> owners.Blocks:
+        """Blocks by matrix in stacks."""
+        return found if isinstance(found, owners.Blocks) else owners.blocks(self.coverage, self.slots, found)
 
     # -- as a matrix ---------------------------------------------------------------------------------------------------
 
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
 
-        def matrix(layer, M):
+        def matrices(Ms):
             if self.inverse == "ekfac":
-                (QA, QG), S = self.pair(self.vectors, layer.name), self.scales[layer.name]
-                return _rotate(QA, S * _rotate(_t(QA), M, QG), _t(QG))
-            A, G = self.pair(self.factors, layer.name)
-            return A @ M @ G
+                product = lambda QA, QG, M, S: _rotate(QA, S * _rotate(_t(QA), M, QG), _t(QG))
+                return self.by_matrix(product, (self.vectors,), Ms, self.scales)
+            return self.by_matrix(_between, (self.factors,), Ms)
 
         def unit(name, x):
             return jnp.einsum("upq,uq->up", self.norms[name], x)
 
-        return self._map(vector, matrix, self._embedding_matvec, unit, lambda d, x: d * x)
+        return self._map(vector, matrices, self._embedding_matvec, unit, lambda d, x: d * x)
 
     def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
         """(C + damping I)^-1 v; with "cholesky" the factored approximation of it, pi-damped.
@@ -176,15 +196,14 @@ class KroneckerFactors(Curvature):
         damping = jnp.float32(damping)
 
         def with_inverses(inverses):
-            def matrix(layer, M):
+            def matrices(Ms):
                 if self.inverse == "cholesky":
-                    A, G = self.pair(inverses, layer.name)
-                    return _rotate(A, M, G)
-                return self._in_basis(layer, M, lambda C: 1.0 / (C + damping))
+                    return self.by_matrix(_between, (inverses,), Ms)
+                return self._in_bases(Ms, lambda C: 1.0 / (C + damping))
 
             return self._map(
                 vector,
-                matrix,
+                matrices,
                 functools.partial(self._embedding_solve, damping=damping),
                 lambda name, x: _solve_small(self.norms[name], x, damping),
                 lambda d, x: x / (d + damping),
@@ -211,7 +230,7 @@ class KroneckerFactors(Curvature):
             )
         damping = jnp.float32(damping)
         power = lambda C: (jnp.maximum(C, 0.0) + damping) ** exponent
-        matrix = lambda layer, M: self._in_basis(layer, M, power)
+        matrices = lambda Ms: self._in_bases(Ms, power)
 
         eigen = stacks.in_turn(lambda _, F: stacks.eigh(F), self.norms)
 
@@ -220,7 +239,7 @@ class KroneckerFactors(Curvature):
             return jnp.einsum("upq,uq->up", Q, power(values) * jnp.einsum("uqp,uq->up", Q, x))
 
         return self._map(
-            vector, matrix, lambda layer, M: self._embedding_basis(layer, M, power), unit, lambda d, x: power(d) * x
+            vector, matrices, lambda layer, M: self._embedding_basis(layer, M, power), unit, lambda d, x: power(d) * x
         )
 
     def as_matrix(self) -> jax.Array:
@@ -235,26 +254,31 @@ class KroneckerFactors(Curvature):
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and mean trace of a factor, counts, and with `stale` the share of factors at the last refresh."""
-        traces = [jnp.sum(diagonals(X), axis=-1) for X in self.factors.values()]
+        traces = owners.everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
+        traces = [self.layout.stack(size).take(trace) for size, trace in traces.items()]
         traces = jnp.concatenate(traces) if traces else jnp.zeros(1)
+        due = owners.everywhere(self.stale.due)
+        due = {size: self.layout.stack(size).take(X) for size, X in due.items()}
         return {
             "factor_trace_max": jnp.max(traces),
             "factor_trace_mean": jnp.mean(traces),
             "refreshes": self.refreshes,
             "failures": self.failures,
             "skipped": self.skipped,
-        } | ({"refreshed_share": self.stale.share()} if self.stale.due else {})
+        } | ({"refreshed_share": dataclasses.replace(self.stale, due=due).share()} if self.stale.due else {})
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _map(self, vector, matrix, embedding, unit, plain):
-        """Applies a function to the block of every layer."""
-        found = {}
+    def _map(self, vector, matrices, embedding, unit, plain):
+        """Applies a function to the block of every layer; to those of all matrices at once."""
+        given, found = self.coverage.matrices(trees.float32(vector)), {}
         with trees.exact():
-            for name, M in self.coverage.matrices(trees.float32(vector)).items():
+            mine = matrices({layer.name: given[layer.name] for layer in matrices_of(self.coverage)})
+            mine = owners.everywhere(mine) if isinstance(mine, owners.Blocks) else mine
+            for name, M in given.items():
                 layer = next(layer for layer in self.coverage.layers if layer.name == name)
                 if isinstance(layer, MatrixLayer):
-                    found[name] = matrix(layer, M)
+                    found[name] = mine[name]
                 elif isinstance(layer, EmbedLayer):
                     found[name] = embedding(layer, M)
                 elif isinstance(layer, NormLayer):
@@ -264,15 +288,13 @@ class KroneckerFactors(Curvature):
                     found[name] = plain(self.plain[name], M)
         return self.coverage.vector(found)
 
-    def _in_basis(self, layer: Layer, M: jax.Array, function) -> jax.Array:
-        """Q_A [function(C) * (Q_A^T M Q_G)] Q_G^T for the eigenvalues C (K, d_i, d_o) of the block."""
-        QA, QG = self.pair(self.vectors, layer.name)
+    def _in_bases(self, Ms: Mapping[str, jax.Array], function) -> Mapping[str, jax.Array]:
+        """Q_A [function(C) * (Q_A^T M Q_G)] Q_G^T for the eigenvalues C (K, d_i, d_o) of each block."""
+        inside = lambda QA, QG, M, C: _rotate(QA, function(C) * _rotate(_t(QA), M, QG), _t(QG))
         if self.inverse == "ekfac":
-            C = self.scales[layer.name]
-        else:
-            alpha, gamma = self.pair(self.values, layer.name)
-            C = alpha[:, :, None] * gamma[:, None, :]
-        return _rotate(QA, function(C) * _rotate(_t(QA), M, QG), _t(QG))
+            return self.by_matrix(inside, (self.vectors,), Ms, self.scales)
+        each = lambda QA, QG, alpha, gamma, M: inside(QA, QG, M, alpha[:, :, None] * gamma[:, None, :])
+        return self.by_matrix(each, (self.vectors, self.values), Ms)
 
     def _embedding_matvec(self, layer: Layer, M: jax.Array) -> jax.Array:
         e = self.embeddings[layer.name]
@@ -315,6 +337,11 @@ def keep_finite(new: PyTree, old: PyTree, shown: PyTree = None) -> tuple[PyTree,
     return kept, finite
 
 
+def _positive(values: jax.Array, Q: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues of a positive semi-definite matrix, without what rounding made negative."""
+    return jnp.maximum(values, 0.0), Q
+
+
 def to_units(M: jax.Array) -> jax.Array:
     """(K, p, C) as (K * C, p): one row for every channel."""
     return jnp.moveaxis(M, 1, 2).reshape(-1, M.shape[1])
@@ -332,6 +359,10 @@ def _t(Q: jax.Array) -> jax.Array:
 
 def _rotate(left: jax.Array, M: jax.Array, right: jax.Array) -> jax.Array:
     return left @ M @ right
+
+
+def _between(A: jax.Array, G: jax.Array, M: jax.Array) -> jax.Array:
+    return _rotate(A, M, G)
 
 
 def _solve_small(block: jax.Array, x: jax.Array, damping: jax.Array | float) -> jax.Array:

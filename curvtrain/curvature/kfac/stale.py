@@ -21,6 +21,7 @@ evidence of how long a factor may wait, a factor that was not due keeps its inte
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,7 @@ class Staleness:
     scale_weights: Arrays
 
     @classmethod
-    def begin(cls, factors: Arrays, scales: Arrays) -> "Staleness":
+    def begin(cls, factors: Arrays, scales: Mapping[str, jax.Array]) -> "Staleness":
         """Before the first refresh, at which all are due; of nothing, if there are no factors."""
         of = lambda value, dtype: {size: jnp.full(len(X), value, dtype) for size, X in factors.items()}
         zeros = lambda: {size: jnp.zeros(X.shape) for size, X in factors.items()}
