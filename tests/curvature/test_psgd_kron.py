@@ -14,6 +14,8 @@ from curvtrain.curvature.psgd.base import Structure, initial_scale, signs
 from curvtrain.curvature.psgd.geometry import GEOMETRIES, procrustes, spectral_bound, triangular_inverse
 from curvtrain.curvature.psgd.layout import any_order, block_for, consecutive
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 KEY = jax.random.key(3)
 
 
