@@ -26,7 +26,7 @@ def write_fashion(folder, *, train=6, test=4, size=5, seed=0):
         arrays[f"{split}-labels-idx1-ubyte"] = rng.randint(0, 10, n).astype(np.uint8)
     for name, array in arrays.items():
         if array.ndim == 3:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(array)))
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx_bytes(array), mtime=0))
         else:
             (folder / name).write_bytes(idx_bytes(array))
     return arrays
@@ -189,7 +189,7 @@ def test_cifar10_missing(tmp_path):
     ("name", "content", "message"),
     [
         ("a.gz", b"plain", "not a complete gzip file"),
-        ("a.gz", gzip.compress(bytes(1000))[:-9], "not a complete gzip file"),
+        ("a.gz", gzip.compress(bytes(1000), mtime=0)[:-9], "not a complete gzip file"),
         ("a", b"", r"starts with the bytes \(none\)"),
         ("a", b"\0\0\x0d\1", "starts with the bytes 00 00 0d 01, .* starts with 00 00 08 01"),
         ("a", b"\0\0\x08\1\0", "cut short, 5 bytes are fewer than the 8 of the header"),
@@ -215,7 +215,7 @@ def test_damaged_idx(tmp_path, name, content, message):
 def test_inconsistent_idx(tmp_path, name, array, message):
     write_fashion(tmp_path)
     content = idx_bytes(array)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
     with pytest.raises(ValueError, match=message):
         load_images("fashion_mnist", tmp_path)
 
