@@ -5,9 +5,10 @@ python recipes/char_lm.py --model gru --optimizer adam
 python recipes/char_lm.py --text shakespeare.txt --layers 4 --width 256 --steps 5000
 
 Measured on 2026-11-21 (2 CPU cores, jax 0.10.2, seed 0, 55 s) with --steps 150 --refresh-every 50 --eval-every 150:
-test loss 2.302 with FOSI and 2.318 with Adam at the same rate, which was not tuned. With --steps 150 --decay cosine, the
-best of nine trials of each optimizer, mean test loss of seeds 1 to 3 (benchmarks/convergence.py --recipe transformer):
-AdamW 2.389, --optimizer kfac --learning-rate 0.032 --momentum 0.9 --damping 0.1 2.349, --optimizer psgd 2.226.
+test loss 2.302 with FOSI and 2.318 with Adam at the same rate, which was not tuned. With --steps 150 --decay cosine,
+the best of nine trials of each optimizer, mean test loss of seeds 1 to 3 (benchmarks/convergence.py --recipe
+transformer): AdamW 2.389, --optimizer kfac --learning-rate 0.032 --momentum 0.9 --damping 0.1 2.349, --optimizer psgd
+2.226.
 """
 
 import dataclasses

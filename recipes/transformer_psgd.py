@@ -6,8 +6,8 @@ python recipes/transformer_psgd.py --fit hessian --learning-rate 0.03
 
 The model, the data and the other optimizers are those of char_lm.py.
 
-Measured on 2026-11-21 (2 CPU cores, jax 0.10.2) with --steps 150, by benchmarks/convergence.py: mean test loss of seeds 1
-to 3 2.226, AdamW 2.389, each at the best of nine learning rates.
+Measured on 2026-11-21 (2 CPU cores, jax 0.10.2) with --steps 150, by benchmarks/convergence.py: mean test loss of seeds
+1 to 3 2.226, AdamW 2.389, each at the best of nine learning rates.
 """
 
 import dataclasses
