@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, set before JAX looks at its devices, and a compiler in a hurry."""
 
+import gc
 import os
 
 import pytest
@@ -24,3 +25,13 @@ def quick_compile():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_dropped():
+    """After each file: a program is some memory maps, of which Linux allows a process 65,530. Then LLVM fails."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
