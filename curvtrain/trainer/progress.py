@@ -15,9 +15,9 @@ MAX_SHOWN = 5  # scalars on a line
 class ProgressReport:
     """Prints the run's progress; silent when `enabled` is false."""
 
-    def __init__(self, enabled: bool, first_step: int, steps: int):
+    def __init__(self, enabled: bool, steps: int):
         self._console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
-        self._first, self._steps = first_step, steps
+        self._steps = steps
         self._bar = None
         if enabled and self._console.is_terminal:
             self._bar = Progress(
@@ -29,8 +29,13 @@ class ProgressReport:
                 console=self._console,
                 transient=True,
             )
+            self._task = self._bar.add_task("train", total=steps, rate="")
+
+    def begin(self, step: int) -> None:
+        """Shows the bar, after so many steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
             self._bar.start()
-            self._task = self._bar.add_task("train", total=steps, completed=first_step, rate="")
 
     def say(self, text: str) -> None:
         """A line of text."""

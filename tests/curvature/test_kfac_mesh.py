@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import math
 import re
 import shutil
@@ -18,6 +19,7 @@ from curvtrain.curvature import KFAC, stacks
 from curvtrain.curvature.kfac import owners
 from curvtrain.objective import Objective
 from curvtrain.trainer import sharding
+from curvtrain.trainer.checkpoint import Mismatch
 from tests.trainer import tiny
 
 N, D, LAYERS = 16, 6, 16
@@ -38,6 +40,13 @@ class Equal(nnx.Module):
         for layer in self.layers:
             x = nnx.tanh(layer(x))
         return x
+
+
+class Twelve(Equal):
+    """A number of layers that 8 does not divide."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(D, D, rngs=rngs) for _ in range(12)])
 
 
 class Uneven(nnx.Module):
@@ -163,9 +172,42 @@ def test_how_many_owners():
     """As many as are almost free, or as the user says."""
     slots = lambda model, **options: jax.eval_shape(KFAC(**options).init, *build(model)).slots
     assert slots(Equal) == 16 and slots(Equal, inverse="ekfac") == 16
-    assert slots(Uneven) == 1 and slots(Uneven, slots=8) == 8
+    assert slots(Uneven) == 2 and slots(Uneven, slots=8) == 8
     with pytest.raises(ValueError, match=r"KFAC\(slots\)"):
         KFAC(slots=0)
+
+
+def test_owners_for_a_mesh():
+    """What takes the fewest bytes on each device, where the user leaves it open."""
+    chosen = lambda model, axes, **options: KFAC(**options).choices(*build(model), mesh_of(axes))
+    assert chosen(Equal, WIDE) == {"slots": 16} and chosen(Uneven, WIDE) == chosen(Uneven, BOTH) == {"slots": 8}
+    assert chosen(Twelve, WIDE) == {"slots": 8}  # 16 slots, not 12 factors on each device
+    assert chosen(Twelve, {"data": 1}) == {"slots": 4}  # of which no more than a tenth is padding
+    assert chosen(Uneven, WIDE, slots=4) == {}
+
+
+def test_sizes_share_stacks():
+    """Where few factors are of one size: an owner of the autoencoder has little more than its largest layer."""
+    sizes = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+    counts = collections.Counter((a + 1, b) for a, b in itertools.pairwise(sizes))
+    stacks = owners._sizes(counts, 8)
+    assert stacks == (31, 251, 785, 1001)
+    shares, used = owners._shares(counts, owners._homes(counts, stacks), 8)
+    assert sum(D * D * entries.max() for D, entries in used.items()) <= 1.05 * (1001**2 + 784**2)
+    assert all(sum(share) == counts[shape] for shape, share in shares.items())
+    assert owners._sizes(counts, 1) == tuple(sorted({d for shape in counts for d in shape}))
+    assert owners._sizes({(5, 7): 16}, 16) == (5, 7)  # nothing to save
+
+
+def test_smaller_factors_stand_at_the_end_of_their_slots():
+    """And are read from there."""
+    stack = owners.Stack(3, (2, 0), 3, (2, 3))
+    small, large = jnp.arange(1.0, 5.0).reshape(1, 2, 2), jnp.ones((1, 3, 3))
+    X = stack.place([small, large])
+    np.testing.assert_array_equal(X[2], [[0, 0, 0], [0, 1, 2], [0, 3, 4]])
+    np.testing.assert_array_equal(owners.inside(stack.take(X, 0, 1), 2), small)
+    np.testing.assert_array_equal(stack.outside, [[False] * 3, [False] * 3, [True, False, False]])
+    assert owners.Stack(2, (0, 1), 3, (3, 3)).outside is None
 
 
 def test_axes():
@@ -186,8 +228,11 @@ def test_the_overview_says_what_padding_costs(inverse):
         bookkeeping = [arrays.weight, arrays.scale_weight, arrays.damping]
         bookkeeping += [arrays.updates, arrays.refreshes, arrays.failures, arrays.skipped]
         want = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays)) - 4 * len(bookkeeping)
-        assert f" {want:,} " in table.splitlines()[-1]
-        assert ("padding for 8 slots" in table) == (slots == 8)
+        layers, _, stacks = table.partition("\n\n")
+        assert f" {want:,} " in layers.splitlines()[-1]
+        assert ("padding for 8 slots" in layers) == (slots == 8)
+        each = sum(a.size // slots for a in arrays.factors.values()) * 4
+        assert (re.search(rf"^all +{each:,} +\d+\.\d%$", stacks, re.MULTILINE) is not None) == (slots == 8)
 
 
 # -- the same numbers --------------------------------------------------------------------------------------------------
@@ -359,6 +404,19 @@ def train(steps, estimator, **options):
         **options,
     )
     return trainer, trainer.fit()
+
+
+def test_slots_are_chosen_when_a_run_begins(tmp_path, monkeypatch):
+    """For its mesh; a checkpoint keeps the choice, which would be another one on one device."""
+    run, _ = train(2, KFAC("empirical"), workdir=tmp_path, mesh=WIDE)
+    assert run.state.curvature.slots == 8
+    on(1, monkeypatch)
+    opened, _ = train(3, KFAC("empirical"), workdir=tmp_path, mesh={"data": -1})
+    assert opened.state.curvature.slots == 8 and int(opened.state.curvature.updates) == 3
+    with pytest.raises(Mismatch, match=r"curvature/factors"):
+        train(3, KFAC("empirical", slots=3), workdir=tmp_path, mesh={"data": -1})
+    alone, _ = train(1, KFAC("empirical"), mesh={"data": -1})
+    assert alone.state.curvature.slots < 8
 
 
 def test_a_checkpoint_of_eight_devices_opens_on_fewer(tmp_path, monkeypatch):

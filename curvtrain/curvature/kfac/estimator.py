@@ -54,9 +54,10 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         Costs the memory of two more copies of the factors. None: all factors at every refresh.
       slots: on how many devices, or on a number that divides it, the stacks of factors and all that is made of them are
         split, each device having some layers and factorising those; more than there are layers of a kind costs padding
-        (`overview` says how much). None: the largest power of two up to 64 of which the padding is at most a tenth. 1:
-        all factors and inverses on every device, which still factorises only a share. It is part of the state; see
-        `owners.py`.
+        (`overview` says how much). None: in a Trainer, what takes the fewest bytes on each device of the mesh on which
+        the run begins (`choices`); elsewhere, the largest power of two up to 64 of which the padding is at most a
+        tenth. 1: all factors and inverses on every device, which still factorises only a share: more memory, and no
+        communication between two refreshes. It is part of the state; see `owners.py`.
       uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.
       plain: regular expression; layers and parameters whose path it matches get that diagonal too.
 
@@ -264,6 +265,11 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         stale = dataclasses.replace(split(curvature.stale), scale_weights=specs.stale.scale_weights)
         return dataclasses.replace(specs, **stacks, stale=stale)
 
+    def choices(self, objective, params, mesh):
+        if self.slots is not None:
+            return {}
+        return {"slots": owners.slots_for(self.coverage(objective, params), self.inverse == "ekfac", mesh.shape)}
+
     def overview(self, objective, params) -> str:
         curvature = jax.eval_shape(self.init, objective, params)
         coverage, blocks = curvature.coverage, {}
@@ -290,7 +296,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         kept = jax.tree.leaves((c.factors, c.inverses, c.vectors, c.values, c.scales, c.stale))
         matrices = [layer.name for layer in owners.matrices_of(coverage)]
         padding = sum(a.size * a.dtype.itemsize for a in kept) - sum(blocks[name][1] for name in matrices)
-        return coverage.table(blocks, {f"padding for {c.slots} slots": padding} if padding else {})
+        shown = coverage.table(blocks, {f"padding for {c.slots} slots": padding} if padding else {})
+        return shown if c.slots == 1 or not matrices else f"{shown}\n\n{owners.overview(c.layout, c.slots)}"
 
 
 def _finite(found: dict[str, jax.Array]) -> jax.Array:
