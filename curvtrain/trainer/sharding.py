@@ -160,7 +160,7 @@ def _largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     axes = [i for i, length in enumerate(shape) if length % size == 0]
     if not axes or int(np.prod(shape)) < SMALLEST:
         return PartitionSpec()
-    axis = max(axes, key=lambda i: shape[i])
+    axis = max(axes, key=lambda i: (shape[i], i))  # of equal ones the last: of a kernel, that which its bias has
     return PartitionSpec(*(["fsdp" if i == axis else None for i in range(len(shape))]))
 
 

@@ -283,7 +283,7 @@ class KroneckerFactors(Curvature):
         given, found = self.coverage.matrices(trees.float32(vector)), {}
         with trees.exact():
             mine = matrices({layer.name: given[layer.name] for layer in matrices_of(self.coverage)})
-            mine = owners.everywhere(mine) if isinstance(mine, owners.Blocks) else mine
+            mine = owners.to_parameters(mine) if isinstance(mine, owners.Blocks) else mine
             for name, M in given.items():
                 layer = next(layer for layer in self.coverage.layers if layer.name == name)
                 if isinstance(layer, MatrixLayer):

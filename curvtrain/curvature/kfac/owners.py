@@ -370,6 +370,29 @@ def constrain(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
     return jax.lax.with_sharding_constraint(tree, spec_for(axes)) if mesh_shape() else tree
 
 
+def from_parameters(X: jax.Array) -> jax.Array:
+    """A stack of gradients on its way to the owners.
+
+    On axes other than "data", which splits nothing but examples, parameters are split: then the compiler finds the
+    exchange of their pieces. On "data" alone every device has all of them, but the compiler would split them first.
+    """
+    return everywhere(X) if mesh_shape().keys() <= {"data"} else X
+
+
+def to_parameters(blocks: "Blocks") -> "Blocks":
+    """Blocks on their way back: split along another axis where parameters are, an eighth of the bytes on 8 devices."""
+    shape = mesh_shape()
+    devices, axes = math.prod(shape.values()), tuple(shape)
+
+    def leave(X):
+        axis = next((i for i in reversed(range(1, X.ndim)) if X.shape[i] % devices == 0), None)
+        if axis is None or shape.keys() <= {"data"}:
+            return everywhere(X)
+        return jax.lax.with_sharding_constraint(X, PartitionSpec(*[None] * axis, axes))
+
+    return jax.tree.map(leave, blocks)
+
+
 def shared(tree: PyTree, slots: int) -> PyTree:
     """Stacks that every device has, each device's share."""
     return constrain(everywhere(tree), axes_for(mesh_shape(), slots))
@@ -452,7 +475,9 @@ def by_shape(
             rows.append((size, home.slots == stack.slots and at == list(stack.at), local))
         index[name] = [(size, None if whole else jnp.asarray(local)) for size, whole, local in rows]
         given = [
-            extra.stacks[name] if isinstance(extra, Blocks) else everywhere(stack.place([extra[m] for m in members]))
+            extra.stacks[name]
+            if isinstance(extra, Blocks)
+            else from_parameters(stack.place([extra[m] for m in members]))
             for extra in extras
         ]
         inputs[name] = given
