@@ -4,6 +4,7 @@ All use exact per-example sums, never the square of a mean gradient. A layer tha
 counts every use as an example of its own. Symbols in `capture/layers.py`.
 """
 
+import abc
 import dataclasses
 import functools
 import math
@@ -424,9 +425,9 @@ class _BlockEstimator(LayerEstimator[Blocks]):
         count, d = self._size(layer)
         return f"{count} x ({d} x {d})", count * (2 * d * d + d)  # a block, its eigenvectors and its eigenvalues
 
+    @abc.abstractmethod
     def _size(self, layer: Layer) -> tuple[int, int]:
         """(number of blocks, rows of a block)."""
-        raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True)

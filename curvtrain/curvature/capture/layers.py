@@ -476,7 +476,7 @@ class NormLayer(Layer):
 
     def saved(self, module, x, options):
         if options.get("mask") is not None:
-            raise NotImplementedError(
+            raise ValueError(
                 f"The statistics of {self.name} ({self.kind}) under mask= are not known: call it without, or treat its "
                 f"parameters as plain ones (plain={self.name!r})."
             )

@@ -116,7 +116,7 @@ class KroneckerStatistic(Statistic):
             s = s.reshape(1, n, -1, layer.features)
             w = _row_weights(given, *index.shape)
             if self.weight_sharing == "reduce" and index.shape[1] > 1:
-                raise NotImplementedError(
+                raise ValueError(
                     f"weight_sharing='reduce' averages one-hot rows, which nnx.Embed {layer.name!r} does not have one "
                     f"of: use 'expand', or treat it as plain (plain={layer.name!r})."
                 )
@@ -261,7 +261,11 @@ def _row_weights(given: Arrays, examples: int, positions: int) -> jax.Array | No
         return None
     w = given["weights"]
     if w.shape[0] != examples:
-        raise NotImplementedError("A mask or weights in a batch whose examples the model maps over one by one.")
+        raise ValueError(
+            f"The batch has a mask or weights for {w.shape[0]} examples, and the model maps over them, so that a layer "
+            f"sees {examples}: which weight is its own is not known. Call the model on the whole batch, or leave mask= "
+            f"and weights= out."
+        )
     w = w.reshape(examples, -1)
     if w.shape[1] != positions:
         w = jnp.max(w, axis=1, keepdims=True)
