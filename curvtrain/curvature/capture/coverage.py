@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from curvtrain._text import table
 from curvtrain.curvature.capture.layers import LAYERS, WRAPPERS, Layer, Path, PlainParameter, Unsupported
 from curvtrain.objective import Objective
 
@@ -57,8 +58,7 @@ class Coverage:
           besides: bytes that belong to no layer, by what they are.
         """
         total = sum(layer.size for layer in self.layers)
-        head = ("parameters", "layer", "block", "shapes", "curvature bytes", "share")
-        lines = [head]
+        lines = [("parameters", "layer", "block", "shapes", "curvature bytes", "share")]
         for layer in self.layers:
             kind, size = blocks[layer.name]
             shapes = ", ".join(f"{name} {(*layer.stack, *shape)}" for name, shape in layer.shapes)
@@ -67,10 +67,7 @@ class Coverage:
         lines += [(name, "", "", "", f"{size:,}", "") for name, size in besides.items()]
         bytes_ = sum(size for _, size in blocks.values()) + sum(besides.values())
         lines.append(("total", "", "", f"{total:,} parameters", f"{bytes_:,}", "100.0%"))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return table(lines, left=4)
 
 
 def cover(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
+from curvtrain._text import table
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature, CurvatureEstimator
 from curvtrain.curvature.capture import cover
@@ -228,10 +229,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         rows = self.family.blocks(self.structure(objective, params))
         lines = [("parameters", "preconditioner", "bytes"), *((names, what, f"{n:,}") for names, what, n in rows)]
         lines.append(("total", "", f"{sum(n for *_, n in rows):,}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return table(lines, left=2)
 
     def _check_memory(self, structure: Structure) -> None:
         rows = self.family.blocks(structure)
