@@ -12,7 +12,8 @@ What differs from the original:
 - All modes: the initial scale is set by the first observation that is neither zero nor infinite, whenever that comes;
   automatic, in whitening, it is (mean g^4)^(-1/4), not (mean g^2)^(-1/2). An observation that is not finite leaves P as
   it is. Every leaf has its own noise; the observations' is relative, of 1e-7, and 1e-9. Factors are balanced in every
-  fit, not in one of a hundred. Updates have the gradients' dtypes. Complex parameters raise. Nothing is printed.
+  fit, not in one of a hundred. A rate of the fit above 0.99 counts as 0.99. Updates have the gradients' dtypes. Complex
+  parameters raise. Nothing is printed.
 - Whitening: the probe v is integrated out, in `xmat`, `affine` and `kron`, rather than drawn.
 - `low_rank_approximation` starts at U = 0, so that P is a multiple of I as in the others, and its default rank of 10 is
   lowered to the number of parameters.
