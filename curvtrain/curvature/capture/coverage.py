@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from curvtrain._text import table
@@ -38,7 +39,7 @@ class Coverage:
 
     def matrices(self, vector: PyTree) -> dict[str, jax.Array]:
         """A vector like the parameters as each layer's M."""
-        return {layer.name: layer.matrix(_at(vector, layer.path)) for layer in self.layers}
+        return {layer.name: layer.matrix(at(vector, layer.path)) for layer in self.layers}
 
     def vector(self, matrices: Mapping[str, jax.Array]) -> PyTree:
         """The inverse of `matrices`: a nested dict like the parameters."""
@@ -49,6 +50,11 @@ class Coverage:
                 node = node.setdefault(part, {})
             node.update(layer.parameters(matrices[layer.name]))
         return tree
+
+    def zeros(self) -> PyTree:
+        """A zero vector like the parameters."""
+        zeros = lambda layer: {name: jnp.zeros((*layer.stack, *shape)) for name, shape in layer.shapes}
+        return self.vector({layer.name: layer.matrix(zeros(layer)) for layer in self.layers})
 
     def table(self, blocks: Mapping[str, tuple[str, int]], besides: Mapping[str, int] | None = None) -> str:
         """A table of path, layer, block, shapes, bytes of curvature and share of the parameters.
@@ -142,7 +148,8 @@ def _has(params: PyTree, layer: Layer) -> bool:
     return all(name in node for name, _ in layer.shapes)
 
 
-def _at(tree: PyTree, path: Path) -> PyTree:
+def at(tree: PyTree, path: Path) -> PyTree:
+    """What a nested dict has there."""
     for part in path:
         tree = tree[part]
     return tree

@@ -117,17 +117,11 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
     memory_limit: int | None = None
 
     def __post_init__(self):
-        if isinstance(self.preconditioner, Diagonal) and not jax.tree.leaves(self.preconditioner.values):
-            object.__setattr__(self, "preconditioner", Elementwise())
-        if not isinstance(self.preconditioner, Preconditioner):
-            raise TypeError(
-                f"PSGD(preconditioner) should be Kron(), LowRank(), XMat(), Affine(), Dense() or Diagonal(), not "
-                f"{self.preconditioner!r}."
-            )
+        object.__setattr__(self, "preconditioner", self.family)
         _checks.one_of("PSGD(fit)", self.fit, FITS)
         if not callable(self.rate):
             _checks.number_in("PSGD(rate)", self.rate, 0.0, 1.0, open_low=True)
-            if getattr(self.preconditioner, "dtype", "float32") == "bfloat16" and self.rate < 0.1:
+            if isinstance(self.family, Kron) and self.family.dtype == "bfloat16" and self.rate < 0.1:
                 raise ValueError(
                     f"PSGD(rate={self.rate}) makes steps below the resolution of factors in bfloat16. Use a rate of at "
                     f"least 0.1, or dtype='float32'."
@@ -149,9 +143,15 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
 
     @property
     def family(self) -> Preconditioner:
-        """The preconditioner, of which `Diagonal()` is another name of one."""
-        assert isinstance(self.preconditioner, Preconditioner)
-        return self.preconditioner
+        """The preconditioner; `Diagonal()` names one."""
+        if isinstance(self.preconditioner, Preconditioner):
+            return self.preconditioner
+        if isinstance(self.preconditioner, Diagonal) and not jax.tree.leaves(self.preconditioner.values):
+            return Elementwise()
+        raise TypeError(
+            f"PSGD(preconditioner) should be Kron(), LowRank(), XMat(), Affine(), Dense() or Diagonal(), not "
+            f"{self.preconditioner!r}."
+        )
 
     def structure(self, objective: Objective | None, params: PyTree) -> Structure:
         """Shapes of the parameters, and which of their axes count the layers of an `nnx.scan`."""
@@ -191,7 +191,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
 
         def fit(state):
             if observed is None:
-                v = _probes(jax.random.fold_in(noise, 1), params, self.probes)
+                v = trees.normal(jax.random.fold_in(noise, 1), params, self.probes)
                 h = jax.vmap(matvec(self.fit, objective, params, batch, key))(v)
             else:
                 v, h = None, jax.tree.map(lambda a: a[None], observed)
@@ -253,10 +253,3 @@ def device_memory() -> int | None:
     if device.platform == "cpu" and hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
-
-
-def _probes(key: jax.Array, params: PyTree, number: int) -> PyTree:
-    """Standard normal vectors like the parameters, (number, *shape)."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([jax.random.normal(k, (number, *p.shape)) for k, p in zip(keys, leaves, strict=True)])
