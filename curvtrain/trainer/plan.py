@@ -166,7 +166,7 @@ class Plan:
             step=PartitionSpec(),
             params=params,
             model_state=replicated(shapes.model_state),
-            opt_state=sharding.like_params(shapes.opt_state, shapes.params, params),
+            opt_state=sharding.like_params(shapes.opt_state, shapes.params, params, self.mesh),
             curvature=curvature,
             ema=None if shapes.ema is None else params,
             key=PartitionSpec(),

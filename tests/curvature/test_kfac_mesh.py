@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from curvtrain import CurvatureSchedule, losses, optim
 from curvtrain.curvature import KFAC, stacks
 from curvtrain.curvature.kfac import owners
+from curvtrain.curvature.mesh import axes_for
 from curvtrain.objective import Objective
 from curvtrain.trainer import sharding
 from curvtrain.trainer.checkpoint import Mismatch
@@ -214,9 +215,9 @@ def test_smaller_factors_stand_at_the_end_of_their_slots():
 def test_axes():
     """All of the mesh where it divides, else the largest part of it that does."""
     wide, both = {"data": 8}, {"data": 2, "fsdp": 4}
-    assert owners.axes_for(wide, 16) == ("data",) and owners.axes_for(both, 8) == ("data", "fsdp")
-    assert owners.axes_for(both, 4) == ("fsdp",) and owners.axes_for(both, 2) == ("data",)
-    assert owners.axes_for(wide, 4) == owners.axes_for({"data": 1}, 8) == owners.axes_for({}, 8) == ()
+    assert axes_for(wide, 16) == ("data",) and axes_for(both, 8) == ("data", "fsdp")
+    assert axes_for(both, 4) == ("fsdp",) and axes_for(both, 2) == ("data",)
+    assert axes_for(wide, 4) == axes_for({"data": 1}, 8) == axes_for({}, 8) == ()
 
 
 @inverses

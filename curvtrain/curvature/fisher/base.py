@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
 from curvtrain.curvature.base import Curvature, CurvatureEstimator
 from curvtrain.curvature.capture import FISHERS, Coverage, PlainParameter, Statistic, collect, cover
 from curvtrain.curvature.capture.coverage import UNCOVERED
 from curvtrain.curvature.capture.layers import Layer, MatrixLayer
+from curvtrain.curvature.mesh import spread_spec
 from curvtrain.objective import Objective
 
 PyTree = Any
@@ -94,7 +94,8 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
         return curvature
 
     def partition_specs(self, curvature: C, param_specs, mesh):
-        return jax.tree.map(lambda _: PartitionSpec(), curvature)
+        """Blocks are split over as much of the mesh as divides their number, or else their rows."""
+        return jax.tree.map(lambda a: spread_spec(mesh.shape, a.shape), curvature)
 
 
 def stacked(x: jax.Array, layer: Layer) -> jax.Array:

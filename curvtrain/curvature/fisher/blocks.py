@@ -15,6 +15,7 @@ from curvtrain.curvature.capture import FISHERS, Coverage, EmbedLayer, NormLayer
 from curvtrain.curvature.capture.layers import Layer, MatrixLayer
 from curvtrain.curvature.capture.statistics import FullStatistic, UnitStatistic
 from curvtrain.curvature.fisher.base import LayerEstimator
+from curvtrain.curvature.mesh import axes_for, mesh_shape, split
 from curvtrain.curvature.products import as_matrix, hvp
 from curvtrain.objective import safe
 
@@ -137,7 +138,8 @@ class _BlockEstimator(LayerEstimator[Blocks]):
 
     def refresh(self, curvature: Blocks, objective, params, batch, key, damping=None) -> Blocks:
         vectors, values, failures = {}, {}, curvature.failures
-        found = stacks.in_turn(lambda _, F: stacks.eigh(F), curvature.blocks)
+        share = lambda F: split(stacks.eigh, axes_for(mesh_shape(), len(F)))  # of those of a layer, on each device
+        found = stacks.in_turn(lambda _, F: share(F)(F), curvature.blocks)
         for name, (value, Q) in found.items():
             finite = jnp.all(jnp.isfinite(value), axis=1) & jnp.all(jnp.isfinite(Q), axis=(1, 2))
             vectors[name] = jnp.where(finite[:, None, None], Q, curvature.vectors[name])

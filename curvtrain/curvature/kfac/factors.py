@@ -38,6 +38,7 @@ from curvtrain.curvature.capture.layers import Layer, MatrixLayer
 from curvtrain.curvature.kfac import owners
 from curvtrain.curvature.kfac.owners import Layout, layout_of, matrices_of
 from curvtrain.curvature.kfac.stale import Staleness
+from curvtrain.curvature.mesh import everywhere
 from curvtrain.curvature.products import as_matrix
 
 PyTree = Any
@@ -110,7 +111,7 @@ class KroneckerFactors(Curvature):
 
     def pis(self) -> dict[str, jax.Array]:
         """For each matrix pi (K,): 1 where a factor is zero."""
-        traces = owners.everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
+        traces = everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
         found = {}
         for layer in matrices_of(self.coverage):
             a, g = (trace / d for trace, d in zip(self.pair(traces, layer.name), (layer.d_i, layer.d_o), strict=True))
@@ -129,7 +130,7 @@ class KroneckerFactors(Curvature):
         for name, (a, _, g, _) in self.layout.at:
             parts[a].append(pis[name] * root)
             parts[g].append(root / pis[name])
-        shifts = owners.everywhere({size: self.layout.stack(size).place(shift) for size, shift in parts.items()})
+        shifts = everywhere({size: self.layout.stack(size).place(shift) for size, shift in parts.items()})
 
         def factorise(given):
             X, shifts, old = ({size: arrays[i] for size, (arrays, _) in given.items()} for i in range(3))
@@ -263,10 +264,10 @@ class KroneckerFactors(Curvature):
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and mean trace of a factor, counts, and with `stale` the share of factors at the last refresh."""
-        traces = owners.everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
+        traces = everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
         traces = [self.layout.stack(size).take(trace) for size, trace in traces.items()]
         traces = jnp.concatenate(traces) if traces else jnp.zeros(1)
-        due = owners.everywhere(self.stale.due)
+        due = everywhere(self.stale.due)
         due = {size: self.layout.stack(size).take(X) for size, X in due.items()}
         return {
             "factor_trace_max": jnp.max(traces),

@@ -23,13 +23,12 @@ Where n does not divide S: over as many axes of the mesh as do; where none does,
 still factorises only its share, and the results are gathered once. That is what S = 1 chooses: more memory, and no
 communication between two refreshes.
 
-The mesh is that of `jax.set_mesh` while a program is traced; without one, or on one device, none of this happens.
+Which mesh that is, says `curvature/mesh.py`.
 """
 
 import collections
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -37,11 +36,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from curvtrain._text import table
 from curvtrain.curvature.capture import Coverage
 from curvtrain.curvature.capture.layers import MatrixLayer
+from curvtrain.curvature.mesh import axes_for, constrain, everywhere, mesh_shape, split
 
 PyTree = Any
 Shape = tuple[int, int]  # d_i, d_o
@@ -339,37 +339,6 @@ def blocks(coverage: Coverage, slots: int, found: Mapping[str, jax.Array]) -> Bl
 # -- the mesh ----------------------------------------------------------------------------------------------------------
 
 
-def axes_for(shape: Mapping[str, int], slots: int) -> tuple[str, ...]:
-    """The axes of a mesh over which stacks of so many owners are split: the most devices that divide them."""
-    names = [axis for axis, size in shape.items() if size > 1]
-    options = [o for r in range(len(names), 0, -1) for o in itertools.combinations(names, r)]
-    size = lambda option: math.prod(shape[axis] for axis in option)
-    return max((o for o in options if slots % size(o) == 0), key=size, default=())
-
-
-def spec_for(axes: tuple[str, ...]) -> PartitionSpec:
-    """Of an array whose leading axis is split over these axes."""
-    return PartitionSpec(axes if len(axes) > 1 else axes[0]) if axes else PartitionSpec()
-
-
-def mesh_shape() -> dict[str, int]:
-    """Axes and sizes of the mesh that a program is traced for, if it is the compiler that splits arrays over it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return {}
-    return {axis: size for axis, size in mesh.shape.items() if size > 1}
-
-
-def everywhere(tree: PyTree) -> PyTree:
-    """The same arrays, all of each on every device."""
-    return constrain(tree, ())
-
-
-def constrain(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """The same arrays with the leading axis split over these axes."""
-    return jax.lax.with_sharding_constraint(tree, spec_for(axes)) if mesh_shape() else tree
-
-
 def from_parameters(X: jax.Array) -> jax.Array:
     """A stack of gradients on its way to the owners.
 
@@ -396,14 +365,6 @@ def to_parameters(blocks: "Blocks") -> "Blocks":
 def shared(tree: PyTree, slots: int) -> PyTree:
     """Stacks that every device has, each device's share."""
     return constrain(everywhere(tree), axes_for(mesh_shape(), slots))
-
-
-def split(function: Callable[..., PyTree], axes: tuple[str, ...]) -> Callable[..., PyTree]:
-    """The function, run by each device on its share of the leading axis of all arguments and results."""
-    if not axes:
-        return function
-    spec = spec_for(axes)
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def spread(

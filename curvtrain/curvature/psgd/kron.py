@@ -14,7 +14,6 @@ Li (2018), arXiv 1809.10232, in the newer geometries of `geometry.py`. Symbols a
 """
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -24,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
 from curvtrain.curvature import stacks
+from curvtrain.curvature.mesh import spread_spec
 from curvtrain.curvature.psgd.base import ORDERS, Preconditioner, Structure, accept, choose, initial_scale
 from curvtrain.curvature.psgd.geometry import GEOMETRIES, step_dense, step_diagonal, triangular_inverse
 from curvtrain.curvature.psgd.layout import Bucket, Member, Side, any_order, block_for, consecutive
@@ -473,13 +473,4 @@ def factor_spec(side: Side, leaf: Any, axis: Any, mesh: jax.sharding.Mesh) -> Pa
     names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     if names and leaf.ndim > 1 and leaf.shape[1] % size(names) == 0 and (side.kind != "dense" or side.count > 1):
         return PartitionSpec(None, axis)
-    everything = tuple(mesh.axis_names)
-    options = sorted(
-        (names for r in range(1, len(everything) + 1) for names in itertools.combinations(everything, r)),
-        key=lambda names: -size(names),
-    )
-    for position in range(min(leaf.ndim, 3)):
-        for names in options:
-            if size(names) > 1 and leaf.shape[position] % size(names) == 0:
-                return PartitionSpec(*[None] * position, names if len(names) > 1 else names[0])
-    return PartitionSpec()
+    return spread_spec(mesh.shape, leaf.shape[:3], smallest=0)
