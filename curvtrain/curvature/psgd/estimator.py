@@ -93,7 +93,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         to in noise is proportional to it: so 0.5 at first, 0.1 from 1,600 fits on.
       probes: products per fit, for "hessian" and "ggn".
       momentum: decay of a moving average of gradients which is whitened in their place, for "gradient".
-      update_probability: the share of calls of `update` that fit, or a function of the calls so far (`annealed()`). The
+      update_probability: the share of calls of `update` that fit, or a function of the calls so far (`Annealed()`). The
         decision is made in the compiled step; a `CurvatureSchedule(update_every=...)` makes it on the host, and a step
         without a fit then pays nothing for it.
       rule: "deterministic" (as soon as 1 / probability calls have passed) or "bernoulli" (by chance).
