@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from curvtrain._text import human_bytes as human_bytes
-from curvtrain._text import table as table
-
 MAX_SHOWN = 5  # scalars on a line
 
 

@@ -1,6 +1,6 @@
 """Kronecker-factored curvature: C = A (x) G for every layer's matrix, exact small blocks for everything else.
 
-Symbols as in `capture/layers.py`, and:
+Symbols as in `capture/layers/__init__.py`, and:
 
 | symbol | shape | meaning |
 |---|---|---|
@@ -253,14 +253,7 @@ class KroneckerFactors(Curvature):
         )
 
     def as_matrix(self) -> jax.Array:
-        return as_matrix(self.matvec, self.like())
-
-    def like(self) -> PyTree:
-        """A zero vector like the parameters."""
-        zeros = {
-            layer.name: {n: jnp.zeros((*layer.stack, *s)) for n, s in layer.shapes} for layer in self.coverage.layers
-        }
-        return self.coverage.vector({layer.name: layer.matrix(zeros[layer.name]) for layer in self.coverage.layers})
+        return as_matrix(self.matvec, self.coverage.zeros())
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and mean trace of a factor, counts, and with `stale` the share of factors at the last refresh."""

@@ -212,7 +212,7 @@ def _sizes(counts: Mapping[Shape, int], slots: int) -> tuple[int, ...]:
         return sum(D * D * entries.max() for D, entries in used.items()) / numbers + np.max(work) / flops
 
     sizes = tuple(sorted({d for shape in counts for d in shape}))
-    if slots == 1:
+    if slots == 1 or len(sizes) < 2:
         return sizes
     without = lambda i: sizes[:i] + sizes[i + 1 :]
     while len(sizes) > TRIED:
@@ -278,10 +278,11 @@ def slots_for(coverage: Coverage, scales: bool, mesh: Mapping[str, int] | None =
     On several devices, those of the fewest bytes on each, and the most of equal ones; else, the most of which padding
     is a small share, `PADDING` at most.
     """
-    copies = sum(layer.copies for layer in matrices_of(coverage))
-    options = [2**k for k in range(MOST.bit_length()) if 2**k <= max(copies, 1)]
+    devices = math.prod((mesh or {}).values())
+    most = min(MOST, max(devices, sum(layer.copies for layer in matrices_of(coverage))))
+    options = [2**k for k in range(most.bit_length())]
     numbers = {slots: layout_of(coverage, slots).numbers(scales) for slots in options}
-    if mesh and math.prod(mesh.values()) > 1:
+    if mesh and devices > 1:
         split = lambda slots: math.prod(mesh[axis] for axis in axes_for(mesh, slots))
         return min(options, key=lambda slots: (numbers[slots][0] / split(slots), -slots))
     return max(slots for slots in options if numbers[slots][1] <= PADDING * numbers[slots][0])
