@@ -41,7 +41,7 @@ from jax.sharding import PartitionSpec
 from curvtrain._text import table
 from curvtrain.curvature.capture import Coverage
 from curvtrain.curvature.capture.layers import MatrixLayer
-from curvtrain.curvature.mesh import axes_for, constrain, everywhere, mesh_shape, split
+from curvtrain.curvature.mesh import axes_for, constrain, everywhere, mesh_shape, spec_for, split
 
 PyTree = Any
 Shape = tuple[int, int]  # d_i, d_o
@@ -349,18 +349,45 @@ def from_parameters(X: jax.Array) -> jax.Array:
     return everywhere(X) if mesh_shape().keys() <= {"data"} else X
 
 
-def to_parameters(blocks: "Blocks") -> "Blocks":
-    """Blocks on their way back: split along another axis where parameters are, an eighth of the bytes on 8 devices."""
+def to_parameters(blocks: "Blocks") -> dict[str, jax.Array]:
+    """Blocks by matrix's name, on their way back.
+
+    On "data" alone they are gathered; where parameters are split, they leave split along another axis: on 8 devices an
+    eighth of the bytes. Of a stack that is mostly padding, owners add what they have to zeros.
+    """
     shape = mesh_shape()
-    devices, axes = math.prod(shape.values()), tuple(shape)
+    devices, axes, whole = math.prod(shape.values()), tuple(shape), shape.keys() <= {"data"}
+    home = axes_for(shape, blocks.slots)
+    copies = {layer.name: layer.copies for layer in matrices_of(blocks.coverage)}
+    found = {}
+    for name, (members, stack) in layout_of(blocks.coverage, blocks.slots).blocks:
+        X = blocks.stacks[name]
+        axis = None if whole else next((i for i in (2, 1) if X.shape[i] % devices == 0), None)
+        if home and stack.slots >= 2 * len(stack.at):
+            X, stack = _summed(X, stack, home, axis), _stack([0] * len(stack.at), 1)
+        else:
+            X = everywhere(X) if axis is None else jax.lax.with_sharding_constraint(X, spec_for(axes, axis))
+        start = 0
+        for member in members:
+            found[member] = stack.take(X, start, copies[member])
+            start += copies[member]
+    return found
 
-    def leave(X):
-        axis = next((i for i in reversed(range(1, X.ndim)) if X.shape[i] % devices == 0), None)
-        if axis is None or shape.keys() <= {"data"}:
-            return everywhere(X)
-        return jax.lax.with_sharding_constraint(X, PartitionSpec(*[None] * axis, axes))
 
-    return jax.tree.map(leave, blocks)
+def _summed(X: jax.Array, stack: Stack, axes: tuple[str, ...], axis: int | None) -> jax.Array:
+    """The entries of a stack alone, in order: on every device, or split along an axis."""
+    count = len(stack.at)
+    entry = np.full(stack.slots, count)
+    entry[list(stack.at)] = np.arange(count)
+
+    def local(X, entry):
+        own = jnp.zeros((count, *X.shape[1:]), X.dtype).at[entry].set(X, mode="drop")
+        if axis is None:
+            return jax.lax.psum(own, axes)
+        return jax.lax.psum_scatter(own, axes, scatter_dimension=axis, tiled=True)
+
+    out = PartitionSpec() if axis is None else spec_for(axes, axis)
+    return jax.shard_map(local, in_specs=spec_for(axes), out_specs=out, check_vma=False)(X, jnp.asarray(entry))
 
 
 def shared(tree: PyTree, slots: int) -> PyTree:
@@ -446,11 +473,19 @@ def by_shape(
     sizes = {name: [size for size, _ in pair] for name, pair in index.items()}
     rows = {name: [row for _, row in pair] for name, pair in index.items()}
     dims = {name: [int(d) for d in name.split("x")] for name in index}
+    used = {name: jnp.asarray(stack.used) if stack.padded else None for name, (_, stack) in layout.blocks}
 
-    def local(stacks, rows, inputs):
+    def local(stacks, rows, inputs, mine):
         pick = lambda X, row, d: inside(X if row is None else X[row], d)
         where = lambda name: zip(sizes[name], rows[name], dims[name], strict=True)
         parts = lambda name: [pick(X[size], row, d) for X in stacks for size, row, d in where(name)]
-        return {name: function(*parts(name), *given) for name, given in inputs.items()}
+        return {name: of_some(mine[name], *parts(name), *given) for name, given in inputs.items()}
 
-    return Blocks(split(local, axes)(list(stacks), rows, inputs), coverage, slots)
+    def of_some(mine, *given):
+        """The function, but zeros from owners who have nothing but padding."""
+        if mine is None:
+            return function(*given)
+        zeros = lambda: jnp.zeros(jax.eval_shape(function, *given).shape)
+        return jax.lax.cond(jnp.any(mine), lambda: function(*given), zeros)
+
+    return Blocks(split(local, axes)(list(stacks), rows, inputs, used), coverage, slots)
