@@ -116,6 +116,7 @@ class Checkpoints:
             self._failed(step, _short(error))
             return False
         self._under_way = _Save(self._unfinished(step), step, state, meta, self._steps, self._retention)
+        self._under_way.begin()
         return True
 
     def restore(self, target: PyTree, expected: dict[str, Any]) -> tuple[PyTree, dict[str, Any]]:
@@ -231,10 +232,14 @@ class _Save(threading.Thread):
         self._key = f"curvtrain/save/{next(_saves)}"
         self._all_have_written = ocp.multihost.get_barrier_sync_fn()
         self._is_copied = threading.Event()
+
+    def begin(self) -> None:
+        """Starts; returns when the arrays are copied, for the next step donates them."""
         self.start()
-        self._is_copied.wait()  # the next step donates the arrays
+        self._is_copied.wait()
 
     def run(self) -> None:
+        """All of it; what goes wrong is left in `problem`."""
         try:
             self._write()
         except Exception as error:  # the file system's, orbax's or tensorstore's, of many types

@@ -100,13 +100,13 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path, cache, uninterrupte
 
 def test_one_killed_and_one_terminated(tmp_path, cache, uninterrupted):
     """SIGKILL of one, in a save, ends both; SIGTERM to one saves one step on both; the run ends as if undisturbed."""
-    job = start(tmp_path, cache, sleep=0.05, trouble={"1": {"stuck": 9}})
+    job = start(tmp_path, cache, sleep=0.05, trouble={"0": {"stuck": 9}})
     job.read_to(9)
     assert job.await_save(9)
-    killed = job.pid(1)
+    killed = job.pid(0)
     os.kill(killed, signal.SIGKILL)
     assert job.wait() == KILLED
-    assert f"process 1 of 2 (pid {killed}) was ended by SIGKILL; ending the other one" in job.text
+    assert f"process 0 of 2 (pid {killed}) was ended by SIGKILL; ending the other one" in job.text
     assert saved(job.workdir)[-1] == 6 and unfinished(job.workdir, 9)
 
     job = start(tmp_path, cache, sleep=0.3)
