@@ -12,7 +12,6 @@ reported, not selected on. Seconds include compilation.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]  # run from a checkout without
 import char_lm
 import mlp_autoencoder
 import resnet_fosi
-from benchmarks.machine import describe
+from benchmarks.machine import write
 from common import images, runs, text
 
 import curvtrain
@@ -130,11 +129,7 @@ def main() -> None:
         shown = "  ".join(f"{key} {means[key]:.4g} ± {spread[key]:.1g}" for key in means)
         print(f"{name:<10} {best}, seeds 1-{args.seeds}: {shown}", flush=True)
     output = args.output or Path(__file__).parent / "results" / f"convergence_{args.recipe}.json"
-    command = " ".join(["python", "benchmarks/convergence.py", *sys.argv[1:]])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    body = {"command": command, "machine": describe(), "steps": options.steps, "results": report}
-    output.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {output}")
+    write(output, report, steps=options.steps)
 
 
 def _loss(grid: list[dict[str, float]], trial: dict[str, float]) -> float:

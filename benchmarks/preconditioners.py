@@ -15,7 +15,6 @@
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
-from benchmarks.machine import describe
+from benchmarks.machine import write
 from benchmarks.step_time import MLP
 from curvtrain import Objective, losses, optim
 from curvtrain.curvature import PSGD, Affine, Dense, Elementwise, Kron, LowRank, XMat
@@ -196,10 +195,7 @@ def main() -> None:
     for name in ("Adam", *TRAINED):
         found = results["digits"][name] = trained(data, FAMILIES.get(name))
         print(f"  {name:<12} rate {found['learning_rate']:<12g} {show(found['mean'])}", flush=True)
-    report = {"command": " ".join(["python", *sys.argv]), "machine": describe(), "results": results}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {args.output}")
+    write(args.output, results)
 
 
 if __name__ == "__main__":

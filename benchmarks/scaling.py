@@ -1,18 +1,23 @@
 """What one device computes, sends and stores as a run is spread over more of them: read from the compiled programs.
 
-    python benchmarks/scaling.py                # 1, 2, 4, 8 virtual devices; writes benchmarks/results/scaling.json
-    python benchmarks/scaling.py --devices 8 --sharding replicated
+    python benchmarks/scaling.py                       # prints tables, writes benchmarks/results/scaling.{json,png}
+    python benchmarks/scaling.py --devices 1 8 --only K-FAC --sharding replicated --scaling strong
 
-Nothing is run: every step program is compiled ahead of time for a mesh of virtual CPU devices, and its FLOPs, the bytes
-of its collectives by kind, and the bytes of the state on each device are tabulated. The model has 16 equal layers.
-"weak" keeps the examples per device, "strong" those of the whole batch. A collective inside a loop is counted once, as
-it stands in the program; so are the FLOPs of a loop, and library calls (factorisations) have none.
+Nothing is run: every step program is compiled ahead of time for a mesh of virtual CPU devices, in a process of its own
+for each size. Tabulated are, per device:
+
+* bytes of parameters, optimizer state and curvature, and of the latter two what they would be if all was split evenly;
+* of every program its FLOPs (loop bodies counted once; of the factorisations, what are matrix products);
+* d^3 of the matrices that a refresh factorises, with slots that are padding;
+* bytes of the results of its collectives, by kind (a loop body's counted once), and those that Adam's step lacks.
+
+"strong" keeps the examples of a batch, "weak" those of a device. Models: 16 equal layers of 128 units; and, for the
+families with Kronecker factors, the autoencoder 784-1000-500-250-30-250-500-1000-784, no two of whose layers are alike.
 """
 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,140 +26,178 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run from a checkout without installing it
 
-LAYERS, WIDTH, EXAMPLES = 16, 128, 256
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-CALL = re.compile(rf"= (\(?[^=]*?\)?) ({'|'.join(KINDS)})(?:-start)?\(")
-SHAPE = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
+MODELS = {"equal": [128] * 17, "autoencoder": [784, 1000, 500, 250, 30, 250, 500, 1000, 784]}
+EXAMPLES = 512  # of a batch; of a device at "weak", an eighth of it
+FLAGS = "--xla_backend_optimization_level=0"  # of the code, not of the program: collectives and FLOPs are the same
 
 
-def bytes_of(shapes: str) -> int:
-    """Of all arrays in a piece of HLO text."""
-    total = 0
-    for dtype, dims in SHAPE.findall(shapes):
-        size = 1
-        for dim in filter(None, dims.split(",")):
-            size *= int(dim)
-        total += size * BYTES.get(dtype, 1)
-    return total
-
-
-def collectives(hlo: str) -> dict[str, int]:
-    """Bytes of the results of each kind of collective on one device."""
-    found = dict.fromkeys(KINDS, 0)
-    for shapes, kind in CALL.findall(hlo):
-        found[kind] += bytes_of(shapes)
-    return {kind: size for kind, size in found.items() if size}
-
-
-def measure(devices: int, sharding: str, scaling: str) -> dict[str, Any]:
-    """The table of one mesh, in a process that has so many devices."""
-    import jax
+def cases() -> dict[str, tuple[Any, Any]]:
+    """(optimizer, estimator) by name."""
     import optax
 
-    import curvtrain
-    from benchmarks.step_time import MLP, data
-    from curvtrain import curvature, losses, optim
-    from curvtrain.trainer.plan import Plan, Task
+    from curvtrain import curvature, optim
 
-    sizes = [WIDTH] * (LAYERS + 1)
-    loss = losses.SoftmaxCrossEntropy()
-    task = Task("MLP", lambda rngs: MLP(sizes, rngs), lambda model, batch: model(batch["image"]), loss, loss.metrics)
-    batch_size = EXAMPLES * (devices if scaling == "weak" else 1)
-    cases: dict[str, tuple[Any, Any]] = {
+    psgd = lambda family: (optim.psgd(1e-3), curvature.PSGD(family))
+    return {
         "Adam": (optax.adam(1e-3), None),
         "FOSI, Lanczos(10)": (optim.fosi(optax.adam(1e-3)), curvature.Lanczos(k=10)),
         "K-FAC": (optim.kfac(1e-3, 0.9, 1e-2), curvature.KFAC()),
-        "PSGD, Kron in blocks": (optim.psgd(1e-3), curvature.PSGD(curvature.Kron(block_size=WIDTH // 8))),
-        "PSGD, Kron whole": (optim.psgd(1e-3), curvature.PSGD(curvature.Kron(block_size=None))),
-        "PSGD, LowRank(10)": (optim.psgd(1e-3), curvature.PSGD(curvature.LowRank(10))),
+        "K-FAC, eigh": (optim.kfac(1e-3, 0.9, 1e-2), curvature.KFAC(inverse="eigh")),
+        "K-FAC, slots=1": (optim.kfac(1e-3, 0.9, 1e-2), curvature.KFAC(slots=1)),
+        "PSGD, Kron in blocks of 64": psgd(curvature.Kron()),
+        "PSGD, Kron whole": psgd(curvature.Kron(block_size=None)),
+        "PSGD, LowRank(10)": psgd(curvature.LowRank(10)),
     }
 
-    def on_one_device(state, layout):
-        size = lambda a, s: int(_product(s.shard_shape(a.shape)) * _itemsize(a))
-        return sum(jax.tree.leaves(jax.tree.map(size, state, layout)))
 
+def measure(devices: int, model: str, sharding: str, scaling: str, names: list[str]) -> dict[str, Any]:
+    """The tables of one mesh, in a process that has so many devices."""
+    import numpy as np
+
+    import curvtrain
+    from benchmarks.step_time import MLP
+    from curvtrain import losses
+    from curvtrain.curvature import stacks
+    from curvtrain.trainer.plan import Plan, Task
+    from curvtrain.trainer.report import ProgramReport
+
+    factorised = []
+
+    def count(name):
+        original = getattr(stacks, name)
+
+        def counted(X, *rest):
+            factorised.append(len(X) * X.shape[-1] ** 3)
+            return original(X, *rest)
+
+        setattr(stacks, name, counted)
+
+    count("inverse")
+    count("eigh")
+    sizes = MODELS[model]
+    loss = losses.SquaredError()
+    task = Task("MLP", lambda rngs: MLP(sizes, rngs), lambda model, batch: model(batch["x"]), loss, loss.metrics)
+    batch_size = EXAMPLES // 8 * devices if scaling == "weak" else EXAMPLES
+    data = {"x": np.zeros((batch_size, sizes[0]), np.float32), "target": np.zeros((batch_size, sizes[-1]), np.float32)}
+    config = curvtrain.TrainerConfig(
+        steps=10,
+        batch_size=batch_size,
+        mesh={"fsdp": -1} if sharding == "fsdp" else {"data": -1},
+        sharding=sharding,
+    )
+    schedule = curvtrain.CurvatureSchedule(update_every=2, refresh_every=4, start=1)
     found = {}
-    for name, (optimizer, estimator) in cases.items():
-        mesh = {"fsdp": -1} if sharding == "fsdp" else {"data": -1}
-        config = curvtrain.TrainerConfig(steps=10, batch_size=batch_size, mesh=mesh, sharding=sharding)
-        schedule = curvtrain.CurvatureSchedule(update_every=2, refresh_every=4, start=1)
-        train = data(batch_size, WIDTH, WIDTH)
-        plan = Plan(config, task, train, optimizer, estimator, schedule)
-        state, layout = plan.state, plan.layout
+    for name, (optimizer, estimator) in cases().items():
+        if name not in names:
+            continue
+        plan = Plan(config, task, data, optimizer, estimator, schedule)
+        state = plan.state_report()
         programs = {}
         for kind in plan.kinds:
-            compiled = plan.lower(kind).compile()
-            programs[str(kind)] = {
-                "flops": compiled.cost_analysis()["flops"],
-                "collectives": collectives(compiled.as_text()),
-            }
-        found[name] = {
-            "parameters": on_one_device(state.params, layout.params),
-            "optimizer": on_one_device(state.opt_state, layout.opt_state),
-            "curvature": on_one_device(state.curvature, layout.curvature),
-            "programs": programs,
-        }
+            factorised.clear()
+            lowered = plan.lower(kind)
+            work = sum(factorised) if kind.refresh else 0
+            program = ProgramReport.of(str(kind), lowered.compile())
+            programs[str(kind)] = {"flops": program.flops, "factorised": work, "sent": program.sent}
+        parts = {part: (state[part].whole, state[part].per_device) for part in state if part not in ("step", "key")}
+        choices = plan.choices
+        found[name] = {"state": parts, "choices": choices, "programs": programs}
+        if estimator is not None:
+            found[name]["overview"] = plan.estimator.overview(plan.objective, plan.state.params)
     return found
 
 
-def _product(shape: tuple[int, ...]) -> int:
-    result = 1
-    for n in shape:
-        result *= n
-    return result
-
-
-def _itemsize(a: Any) -> int:
-    import jax
-
-    return 8 if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a.dtype.itemsize
-
-
-def show(results: dict[str, Any]) -> None:
+def show(title: str, results: dict[str, Any]) -> None:
     """Prints a table for every optimizer."""
-    first = next(iter(results))
-    for name in results[first]:
-        print(f"\n{name}")
-        print("  devices   bytes per device: parameters, optimizer, curvature   program: MFLOP, collectives in kB")
-        for devices, table in results.items():
-            row = table[name]
-            print(f"  {devices:>7}   {row['parameters']:>11,} {row['optimizer']:>11,} {row['curvature']:>11,}")
-            for kind, program in row["programs"].items():
-                sent = ", ".join(f"{k} {v / 1e3:,.0f}" for k, v in program["collectives"].items()) or "none"
-                print(f"  {'':>7}     {kind:<24} {program['flops'] / 1e6:>9,.1f}   {sent}")
+    from curvtrain._text import human_bytes, table
+
+    print(f"\n== {title}")
+    for name in next(iter(results.values())):
+        rows = [("devices", "parameters", "optimizer", "curvature", "/ even share", "program", "MFLOP", "d^3", "sent")]
+        for devices, found in results.items():
+            state, plain = found[name]["state"], found["Adam"]["programs"]["train"]["sent"] if "Adam" in found else {}
+            each = [state.get(part, (0, 0)) for part in ("params", "opt_state", "curvature")]
+            whole, mine = (sum(part[i] for part in each[1:]) for i in range(2))
+            share = f"{mine * int(devices) / whole:.3f}" if whole else ""
+            for i, (kind, program) in enumerate(found[name]["programs"].items()):
+                sent = ", ".join(f"{k} {human_bytes(n)}" for k, n in program["sent"].items()) or "none"
+                more = sum(program["sent"].values()) - sum(plain.values())
+                beyond = f" (Adam's and {human_bytes(max(more, 0))})" if kind == "train" and name != "Adam" else ""
+                first = (devices, *(human_bytes(part[1]) for part in each), share) if i == 0 else ("",) * 5
+                work = f"{program['factorised'] / 1e6:,.1f} M" if program["factorised"] else ""
+                rows.append((*first, kind, f"{program['flops'] / 1e6:,.1f}", work, sent + beyond))
+        print(f"\n{name}\n{table(rows)}")
+
+
+def draw(output: Path, results: dict[str, Any]) -> None:
+    """Bytes of optimizer and curvature on a device, and d^3 of a refresh, over the number of devices."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(results), figsize=(6 * len(results), 8), squeeze=False, sharex=True)
+    for column, (title, by_devices) in zip(axes.T, results.items(), strict=True):
+        devices = [int(n) for n in by_devices]
+        for name in next(iter(by_devices.values())):
+            found = [table[name] for table in by_devices.values()]
+            bytes_ = [sum(t["state"].get(part, (0, 0))[1] for part in ("opt_state", "curvature")) for t in found]
+            column[0].plot(devices, [b / 2**20 for b in bytes_], "o-", label=name)
+            work = [max(program["factorised"] for program in t["programs"].values()) for t in found]
+            if any(work):
+                column[1].plot(devices, [w / 1e6 for w in work], "o-", label=name)
+        for axis, label in zip(
+            column, ("optimizer and curvature, MiB per device", "factorised, 10^6 d^3"), strict=True
+        ):
+            axis.set(xscale="log", yscale="log", ylabel=label, xticks=devices, xticklabels=devices)
+            axis.minorticks_off()
+            top = axis.get_ylim()[1]
+            axis.plot(devices, [top / n for n in devices], "k:", label="even share")
+            axis.legend(fontsize=8)
+        column[0].set_title(title)
+        column[1].set_xlabel("devices")
+    figure.tight_layout()
+    figure.savefig(output, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8, 64])
     parser.add_argument("--sharding", choices=["fsdp", "replicated"], default="fsdp")
-    parser.add_argument("--scaling", choices=["weak", "strong"], default="strong")
-    parser.add_argument("--output", type=Path, default=None)
-    parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--scaling", choices=["weak", "strong"], nargs="+", default=["strong", "weak"])
+    parser.add_argument("--models", choices=list(MODELS), nargs="+", default=list(MODELS))
+    parser.add_argument("--only", nargs="+", choices=list(cases()), default=list(cases()))
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "scaling.json")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child is not None:
-        print(json.dumps(measure(args.child, args.sharding, args.scaling)))
+        print(json.dumps(measure(**json.loads(args.child))))
         return
-    results = {}
-    for devices in args.devices:
-        flags = f"--xla_force_host_platform_device_count={devices}"
-        command = [sys.executable, __file__, "--child", str(devices)]
-        command += ["--sharding", args.sharding, "--scaling", args.scaling]
-        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(done.stderr)
-        results[str(devices)] = json.loads(done.stdout.splitlines()[-1])
-        print(f"compiled for {devices} devices", file=sys.stderr)
-    show(results)
-    from benchmarks.machine import describe
+    results: dict[str, Any] = {}
+    for model in args.models:
+        kronecker = [name for name in args.only if model == "equal" or "K" in name or name == "Adam"]
+        for scaling in args.scaling if model == "equal" else args.scaling[:1]:
+            title = f"{model}, {args.sharding}, {scaling}"
+            for devices in args.devices:
+                child = dict(devices=devices, model=model, sharding=args.sharding, scaling=scaling, names=kronecker)
+                flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
+                done = subprocess.run(
+                    [sys.executable, __file__, "--child", json.dumps(child)],
+                    env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode:
+                    sys.exit(done.stderr)
+                results.setdefault(title, {})[str(devices)] = json.loads(done.stdout.splitlines()[-1])
+                print(f"{title}: compiled for {devices} devices", file=sys.stderr)
+            show(title, results[title])
+    from benchmarks.machine import write
 
-    output = args.output or Path(__file__).parent / "results" / "scaling.json"
-    report = {"command": " ".join(["python", *sys.argv]), "machine": describe(), "results": results}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten to {output}")
+    write(args.output, results, examples=EXAMPLES)
+    draw(args.output.with_suffix(".png"), results)
+    print(f"picture: {args.output.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ does hits both:
 """
 
 import argparse
+import functools
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -35,7 +35,7 @@ from flax import nnx
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 import curvtrain
-from benchmarks.machine import describe
+from benchmarks.machine import write
 from recipes.common.language import Transformer
 from curvtrain import curvature, hooks, losses, optim
 from curvtrain.curvature import trees
@@ -166,83 +166,50 @@ class Stepper:
     def __call__(self, kind: Kind, steps: int = 1) -> float:
         """Seconds for so many steps of a kind."""
         program = self.plan.step_program(kind)
-        began = time.perf_counter()
+        began, seen = time.perf_counter(), None
         for _ in range(steps):
             self.state, seen = program(self.state, self.batch, None)
         jax.block_until_ready((self.state, seen))
         return time.perf_counter() - began
 
 
-def fosi_against_adam(sizes: list[int], batch_size: int, period: int, rounds: int) -> dict[str, float]:
-    """Medians in ms of `period` FOSI steps with one warm refresh, and of `period` Adam steps."""
+def against_adam(
+    sizes: list[int], batch_size: int, rounds: int, optimizer: Any, estimator: Any, plain: Kind, dear: Kind, period: int
+) -> dict[str, float]:
+    """Medians in ms of an optimizer's step, one of `period` of the dear kind; of this one alone; and of Adam's."""
     adam = Stepper(plan_of(sizes, batch_size, optax.adam(1e-3)))
-    fosi = Stepper(plan_of(sizes, batch_size, optim.fosi(optax.adam(1e-3)), curvature.Lanczos(k=10)))
-    plain, refresh = Kind(), Kind(refresh=True)
-    adam(plain, 20), fosi(plain, 20), fosi(refresh), fosi(refresh)  # compile, and spend the cold refresh
-    times: dict[str, list[float]] = {"fosi": [], "adam": [], "refresh": []}
-    for _ in range(rounds):
-        once = fosi(refresh)
-        times["refresh"].append(once)
-        times["fosi"].append(once + fosi(plain, period - 1))
-        times["adam"].append(adam(plain, period))
-    products = int(fosi.state.curvature.products)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "fosi_step_ms": 1e3 * medians["fosi"] / period,
-        "adam_step_ms": 1e3 * medians["adam"] / period,
-        "refresh_step_ms": 1e3 * medians["refresh"],
-        "products_per_refresh": products,
-        "ratio": medians["fosi"] / medians["adam"],
-    }
-
-
-def kfac_against_adam(sizes: list[int], batch_size: int, fisher: str, period: int, rounds: int) -> dict[str, float]:
-    """Medians in ms of K-FAC's step, with statistics in all and inverses in one of `period`, and of Adam's."""
-    adam = Stepper(plan_of(sizes, batch_size, optax.adam(1e-3)))
-    tx = optim.kfac(1e-3, 0.9, 1e-2)
-    kfac = Stepper(plan_of(sizes, batch_size, tx, curvature.KFAC(fisher)))
-    plain, both = Kind(update=True), Kind(update=True, refresh=True)
+    other = Stepper(plan_of(sizes, batch_size, optimizer, estimator))
+    adam(Kind(), 20), other(dear, 2), other(plain, 20)  # compile; a first refresh of eigenpairs costs more than others
     cycles = max(1, 50 // period)
-    adam(Kind(), 20), kfac(both), kfac(plain, 20)  # compile
-    times: dict[str, list[float]] = {"kfac": [], "adam": [], "refresh": []}
+    times: dict[str, list[float]] = {"other": [], "adam": [], "dear": []}
     for _ in range(rounds):
-        spent = []
-        for _ in range(cycles):
-            times["refresh"].append(kfac(both))
-            spent.append(times["refresh"][-1] + kfac(plain, period - 1))
-        times["kfac"].append(sum(spent))
+        seconds = [(other(dear), other(plain, period - 1)) for _ in range(cycles)]
+        times["dear"] += [once for once, _ in seconds]
+        times["other"].append(sum(map(sum, seconds)))
         times["adam"].append(adam(Kind(), cycles * period))
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
-        "kfac_step_ms": 1e3 * medians["kfac"] / (cycles * period),
+        "step_ms": 1e3 * medians["other"] / (cycles * period),
         "adam_step_ms": 1e3 * medians["adam"] / (cycles * period),
-        "step_with_inverses_ms": 1e3 * medians["refresh"],
-        "ratio": medians["kfac"] / medians["adam"],
+        "dear_step_ms": 1e3 * medians["dear"],
+        "ratio": medians["other"] / medians["adam"],
     }
 
 
-def psgd_against_adam(sizes: list[int], batch_size: int, period: int, rounds: int) -> dict[str, float]:
-    """Medians in ms of a PSGD step, with a fit in one of `period`, and of Adam's."""
-    adam = Stepper(plan_of(sizes, batch_size, optax.adam(1e-3)))
-    psgd = Stepper(plan_of(sizes, batch_size, optim.psgd(1e-3), curvature.PSGD(curvature.Kron())))
-    plain, fit = Kind(), Kind(update=True)
-    cycles = max(1, 50 // period)
-    adam(plain, 20), psgd(fit), psgd(plain, 20)  # compile
-    times: dict[str, list[float]] = {"psgd": [], "adam": [], "fit": []}
-    for _ in range(rounds):
-        spent = []
-        for _ in range(cycles):
-            times["fit"].append(psgd(fit))
-            spent.append(times["fit"][-1] + (psgd(plain, period - 1) if period > 1 else 0.0))
-        times["psgd"].append(sum(spent))
-        times["adam"].append(adam(plain, cycles * period))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "psgd_step_ms": 1e3 * medians["psgd"] / (cycles * period),
-        "adam_step_ms": 1e3 * medians["adam"] / (cycles * period),
-        "step_with_a_fit_ms": 1e3 * medians["fit"],
-        "ratio": medians["psgd"] / medians["adam"],
-    }
+def fosi(period: int) -> tuple[Any, ...]:
+    """Arguments of `against_adam`: Newton steps over Adam, a refresh in one step of `period`."""
+    return optim.fosi(optax.adam(1e-3)), curvature.Lanczos(k=10), Kind(), Kind(refresh=True), period
+
+
+def kfac(fisher: str, period: int) -> tuple[Any, ...]:
+    """Statistics in every step, inverses in one of `period`."""
+    kinds = Kind(update=True), Kind(update=True, refresh=True)
+    return optim.kfac(1e-3, 0.9, 1e-2), curvature.KFAC(fisher), *kinds, period
+
+
+def psgd(period: int) -> tuple[Any, ...]:
+    """A fit in one step of `period`."""
+    return optim.psgd(1e-3), curvature.PSGD(curvature.Kron()), Kind(), Kind(update=True), period
 
 
 def compile_times(layers: tuple[int, int], rounds: int) -> dict[str, float]:
@@ -312,20 +279,19 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this; nothing is written then")
     args = parser.parse_args()
     mlp = [64, 256, 256, 10]
+    versus_adam = functools.partial(against_adam, mlp, 256, args.rounds)
     cases: dict[str, Callable[[], dict[str, float]]] = {
         "Trainer / hand-written loop, ~10 ms steps": lambda: trainer_against_loop(
             [256, 1024, 1024, 10], 384, 50, args.rounds
         ),
         "Trainer / hand-written loop, 100 leaves": lambda: trainer_against_loop([8] * 50 + [10], 8, 200, args.rounds),
-        "FOSI / Adam, refresh every 300": lambda: fosi_against_adam(mlp, 256, 300, args.rounds),
-        "FOSI / Adam, refresh every 100": lambda: fosi_against_adam(mlp, 256, 100, args.rounds),
+        "FOSI / Adam, refresh every 300": lambda: versus_adam(*fosi(300)),
+        "FOSI / Adam, refresh every 100": lambda: versus_adam(*fosi(100)),
         "refresh / its products": lambda: refresh_against_hvps(mlp, 256, 2 * args.rounds),
-        "K-FAC (sampled) / Adam, inverses every 5": lambda: kfac_against_adam(mlp, 256, "sampled", 5, args.rounds),
-        "K-FAC (empirical) / Adam, inverses every 5": lambda: kfac_against_adam(mlp, 256, "empirical", 5, args.rounds),
-    }
-    cases |= {
-        "PSGD / Adam, a fit in every step": lambda: psgd_against_adam(mlp, 256, 1, args.rounds),
-        "PSGD / Adam, a fit every 33": lambda: psgd_against_adam(mlp, 256, 33, args.rounds),
+        "K-FAC (sampled) / Adam, inverses every 5": lambda: versus_adam(*kfac("sampled", 5)),
+        "K-FAC (empirical) / Adam, inverses every 5": lambda: versus_adam(*kfac("empirical", 5)),
+        "PSGD / Adam, a fit in every step": lambda: versus_adam(*psgd(1)),
+        "PSGD / Adam, a fit every 33": lambda: versus_adam(*psgd(33)),
         "PSGD: compiling 24 scanned blocks / 6": lambda: compile_times((6, 24), 3),
     }
     if args.only:
@@ -337,10 +303,7 @@ def main() -> None:
         print(f"{name:<45} {results[name]['ratio']:.3f}   {details}", flush=True)
     if args.only:
         return
-    report = {"command": " ".join(["python", *sys.argv]), "machine": describe(), "results": results}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print(f"written to {args.output}")
+    write(args.output, results)
 
 
 if __name__ == "__main__":

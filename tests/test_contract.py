@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from curvtrain import CurvatureSchedule, Objective, losses
 from curvtrain.curvature import Eigenpairs, KroneckerFactors
+from curvtrain.curvature import mesh as curvature_mesh
 from curvtrain.curvature.base import damping_hint
 from curvtrain.trainer import sharding
 from tests.trainer import tiny
@@ -240,7 +241,8 @@ def bits(tree):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.usefixtures("compiled_once")
 def test_trains_on_eight_devices_and_resumes_bit_by_bit(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(sharding, "SMALLEST", 1)  # split these small kernels too
+    for module in (sharding, curvature_mesh):
+        monkeypatch.setattr(module, "SMALLEST", 1)  # split these small arrays too
     whole = train(name, tmp_path / "whole", steps=6)
     result = whole.fit()
     state = whole.state

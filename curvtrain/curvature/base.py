@@ -83,6 +83,14 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
     def partition_specs(self, curvature: C, param_specs: PyTree, mesh: jax.sharding.Mesh) -> Any:
         """A `PartitionSpec` for every leaf of the curvature, given those of the parameters."""
 
+    def choices(self, objective: Objective, params: PyTree, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+        """Options that were left open and whose best value depends on the mesh, as plain JSON.
+
+        A Trainer fixes them when a run begins, `dataclasses.replace(estimator, **choices)`. From then on they belong to
+        the run: its checkpoints open on other meshes with the same choices.
+        """
+        return {}
+
     def overview(self, objective: Objective, params: PyTree) -> str:
         """A table of what is estimated of which parameter, printed when training starts; empty if there is none."""
         return ""

@@ -46,6 +46,14 @@ def random(key: jax.Array, params: PyTree) -> PyTree:
     return treedef.unflatten([level(k, p) for k, p in zip(keys, leaves, strict=True)])
 
 
+def normal(key: jax.Array, params: PyTree, rows: int | None = None) -> PyTree:
+    """A float32 vector of standard normal entries like the parameters, or a basis of `rows` of them."""
+    lead = () if rows is None else (rows,)
+    leaves, treedef = jax.tree.flatten(params)
+    of = lambda i, p: jax.random.normal(jax.random.fold_in(key, i), lead + p.shape, jnp.float32)
+    return treedef.unflatten([of(i, p) for i, p in enumerate(leaves)])
+
+
 def add(a: PyTree, b: PyTree) -> PyTree:
     """a + b."""
     return jax.tree.map(jnp.add, a, b)

@@ -6,12 +6,12 @@ from curvtrain.optim.fosi_dropin import fosi_adam as fosi_adam
 from curvtrain.optim.fosi_dropin import fosi_momentum as fosi_momentum
 from curvtrain.optim.fosi_dropin import fosi_nesterov as fosi_nesterov
 from curvtrain.optim.fosi_dropin import fosi_sgd as fosi_sgd
+from curvtrain.optim.hessian_helper import hessian_helper as hessian_helper
 from curvtrain.optim.kfac import kfac as kfac
 from curvtrain.optim.natural_gradient import natural_gradient as natural_gradient
 from curvtrain.optim.psgd import psgd as psgd
 from curvtrain.optim.psgd import scale_by_psgd as scale_by_psgd
 from curvtrain.optim.psgd_dropin import affine as affine
-from curvtrain.optim.psgd_dropin import hessian_helper as hessian_helper
 from curvtrain.optim.psgd_dropin import kron as kron
 from curvtrain.optim.psgd_dropin import low_rank_approximation as low_rank_approximation
 from curvtrain.optim.psgd_dropin import precond_update_prob_schedule as precond_update_prob_schedule

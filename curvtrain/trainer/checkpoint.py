@@ -366,6 +366,19 @@ def read_params(
         ) from error
 
 
+def saved_run(workdir: str | os.PathLike) -> dict[str, Any]:
+    """The description of the run whose checkpoints these are; empty if there are none to read."""
+    folder = Path(os.fspath(workdir)).absolute()
+    if not folder.is_dir():
+        return {}
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(folder, options=options, item_handlers={"meta": ocp.JsonCheckpointHandler()}) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            with contextlib.suppress(*_DAMAGE):  # which `restore` reports
+                return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["run"]
+    return {}
+
+
 @functools.cache
 def versions() -> dict[str, str]:
     """Versions of the packages that a run depends on."""

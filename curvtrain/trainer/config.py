@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec
 from curvtrain import _checks
 
 WRITERS = ("jsonl", "csv", "tensorboard")
-ShardingRules = Sequence[tuple[str, PartitionSpec]]
+SHARDINGS = ("replicated", "fsdp")
+ShardingRules = Sequence[tuple[str, PartitionSpec | str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +26,8 @@ class TrainerConfig:
       mesh: axes and sizes, among "data", "fsdp" and "tensor"; -1 is the rest of the devices. The batch is split over
         data and fsdp.
       sharding: "replicated"; "fsdp" (every parameter split along its largest axis that divides); or rules
-        [(regex of the parameter's path, PartitionSpec), ...], the first match counts. A parameter that carries an NNX
-        sharding annotation keeps it.
+        [(regex of the parameter's path, PartitionSpec or one of these words), ...], the first match counts, and what
+        none matches is replicated. A parameter that carries an NNX sharding annotation keeps it.
       save_every: steps between checkpoints (with a workdir; the last step is always saved); None: the last step only.
       eval_every: steps between evaluations of `eval_data` (which also follow the last step); None: never.
       log_every: steps over which logged training metrics are averaged.
@@ -81,7 +82,7 @@ class TrainerConfig:
                 f"{name('mesh')} should be a dict of axes and sizes, such as {{'data': -1}}, not {self.mesh!r}."
             )
         if isinstance(self.sharding, str):
-            _checks.one_of(name("sharding"), self.sharding, ("replicated", "fsdp"))
+            _checks.one_of(name("sharding"), self.sharding, SHARDINGS)
         else:
             _check_rules(name("sharding"), self.sharding)
         if self.batch_size % self.accumulate:
@@ -94,11 +95,13 @@ def _check_rules(argument: str, rules: ShardingRules) -> None:
     """Raises TypeError or ValueError unless every rule is a regular expression and a PartitionSpec."""
     for rule in rules if isinstance(rules, Sequence) else [rules]:
         pair = isinstance(rule, tuple | list) and len(rule) == 2
-        if not (pair and isinstance(rule[0], str) and isinstance(rule[1], PartitionSpec)):
+        if not (pair and isinstance(rule[0], str) and isinstance(rule[1], PartitionSpec | str)):
             raise TypeError(
                 f"{argument} should be 'replicated', 'fsdp' or a list of (regular expression, PartitionSpec) pairs; "
                 f"{rule!r} is not such a pair."
             )
+        if isinstance(rule[1], str):
+            _checks.one_of(f"{argument} of {rule[0]!r}", rule[1], SHARDINGS)
         try:
             re.compile(rule[0])
         except re.error as error:

@@ -107,10 +107,14 @@ class Loop:
             if config.workdir is not None:
                 stack.enter_context(claimed(Path(config.workdir).absolute()))
                 self._checkpoints = stack.enter_context(Checkpoints(config))
-            start = self._restore_or_init()
             main = jax.process_index() == 0
-            self._report = ProgressReport(main and config.progress is not False, start, config.steps)
+            self._report = ProgressReport(main and config.progress is not False, config.steps)
             stack.callback(self._report.close)
+            self._announce()  # what it will take, before it is taken
+            start = self._restore_or_init()
+            if start:
+                self._report.say(f"resumed after step {start} from {config.workdir}")
+            self._report.begin(start)
             view.step, view.state, view.say = start, self.state, self._report.say
             complete = start >= config.steps and self._is_evaluated()  # nothing is left to be logged
             folder = Path(config.workdir) if config.workdir is not None and main and not complete else None
@@ -118,7 +122,6 @@ class Loop:
             stack.callback(self._close_writer)
             for hook in self.hooks:
                 stack.callback(hook.close)
-            self._announce(start)
             if start >= config.steps or (start and self._due(config.eval_every) and not self._is_evaluated()):
                 self._evaluate()  # the latter: what SIGTERM cut short
             steps = (
@@ -236,16 +239,15 @@ class Loop:
                 hook.load_state_dict(own["state"])
         return int(self.state.step)
 
-    def _announce(self, start: int) -> None:
+    def _announce(self) -> None:
         say, plan = self._report.say, self.plan
         overview = parameter_overview.get_parameter_overview(plan.state.params, include_stats=False, max_lines=40)
         say(overview)
         if plan.estimator is not None and (table := plan.estimator.overview(plan.objective, plan.state.params)):
             say(table)
+        say(str(plan.state_report()))
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
         say(f"{devices}; {self.config.steps} steps of {self.config.batch_size} examples")
-        if start:
-            say(f"resumed after step {start} from {self.config.workdir}")
 
     # -- between steps ---------------------------------------------------------------------------------------------
 

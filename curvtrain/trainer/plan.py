@@ -20,9 +20,10 @@ from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
 from curvtrain.losses import Loss
 from curvtrain.objective import Objective, annotated_specs, batch_size
 from curvtrain.trainer import sharding
+from curvtrain.trainer.checkpoint import saved_run
 from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.data import CURVATURE, Batch, check_arrays, eval_batches, make_train_data
-from curvtrain.trainer.progress import human_bytes, table
+from curvtrain.trainer.report import DryRun, ProgramReport, StateReport
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.step import Kind, MetricsFn, eval_step, train_step
 
@@ -56,6 +57,7 @@ class Plan:
     ):
         self.config, self.task, self.estimator, self.schedule = config, task, estimator, schedule
         self.tx = _with_extra_args(optimizer)
+        self.choices: dict[str, Any] = {}  # what was left open in the estimator
         self.mesh = sharding.make_mesh(config.mesh)
         self._check_batch_sizes()
         self._shard, self._shards = sharding.process_rows(self.mesh)
@@ -110,35 +112,49 @@ class Plan:
 
     # -- abstract values -------------------------------------------------------------------------------------------
 
-    def _init(self) -> tuple[TrainState, Objective, PyTree]:
-        """The training state before the first step, the objective, and the parameters' NNX sharding annotations."""
-        seed = self.config.seed
+    def _model(self) -> tuple[Objective, PyTree, PyTree]:
+        """The objective, the parameters before the first step, and their NNX sharding annotations."""
         with nnx.use_eager_sharding(False):
-            model = self.task.build_model(nnx.Rngs(seed))
+            model = self.task.build_model(nnx.Rngs(self.config.seed))
         if not isinstance(model, nnx.Module):
             raise TypeError(f"{self.task.name}.build_model should return an nnx.Module, not {type(model).__name__}.")
         accumulate = self.config.accumulate
         microbatch = None if accumulate == 1 else self.config.batch_size // accumulate
         objective, params = Objective.from_model(model, self.task.predict, self.task.loss, microbatch=microbatch)
+        return objective, params, annotated_specs(model)
+
+    def _begin(self, objective: Objective, params: PyTree) -> TrainState:
+        """The training state before the first step."""
         curvature = None if self.estimator is None else self.estimator.init(objective, params)
         ema = None if self.config.ema is None else jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
-        state = TrainState(
+        return TrainState(
             step=jnp.int32(0),
             params=params,
             model_state=objective.model_state,
             opt_state=self.tx.init(params),
             curvature=curvature,
             ema=ema,
-            key=jax.random.key(seed),
+            key=jax.random.key(self.config.seed),
         )
-        return state, objective, annotated_specs(model)
+
+    def _settle(self, objective: Objective, params: PyTree) -> None:
+        """Fixes what the estimator leaves open: as in the run's checkpoints, or, if there are none, for this mesh."""
+        if self.estimator is not None:
+            choices = self.estimator.choices(objective, params, self.mesh)
+            if choices and self.config.workdir is not None:
+                saved = saved_run(self.config.workdir).get("curvature_choices", {})
+                choices |= {name: value for name, value in saved.items() if name in choices}
+            if choices:
+                estimator: Any = self.estimator
+                self.choices, self.estimator = choices, dataclasses.replace(estimator, **choices)
 
     def _abstract_state(self) -> tuple[TrainState, Objective]:
         static = {}
 
         def init():
-            state, static["objective"], static["annotated"] = self._init()
-            return state
+            static["objective"], params, static["annotated"] = self._model()
+            self._settle(static["objective"], params)
+            return self._begin(static["objective"], params)
 
         shapes = jax.eval_shape(init)
         params = sharding.param_specs(shapes.params, static["annotated"], self.config.sharding, self.mesh)
@@ -150,7 +166,7 @@ class Plan:
             step=PartitionSpec(),
             params=params,
             model_state=replicated(shapes.model_state),
-            opt_state=sharding.like_params(shapes.opt_state, shapes.params, params),
+            opt_state=sharding.like_params(shapes.opt_state, shapes.params, params, self.mesh),
             curvature=curvature,
             ema=None if shapes.ema is None else params,
             key=PartitionSpec(),
@@ -178,7 +194,7 @@ class Plan:
 
     def initial_state(self) -> TrainState:
         """The state before the first step, born in its layout: no device ever holds more than its share."""
-        return jax.jit(lambda: self._init()[0], out_shardings=self.layout)()
+        return jax.jit(lambda: self._begin(*self._model()[:2]), out_shardings=self.layout)()
 
     def put(self, batch: Batch, *, whole: bool = False) -> dict[str, jax.Array]:
         """A process's rows of a batch as global arrays; `whole`: each process gives all rows, and its own are taken."""
@@ -198,6 +214,7 @@ class Plan:
             "seed": self.config.seed,
             "train_data": self.data.description(),
             "curvature": estimator,
+            **({"curvature_choices": self.choices} if self.choices else {}),
         }
 
     # -- programs --------------------------------------------------------------------------------------------------
@@ -263,59 +280,16 @@ class Plan:
 
     # -- dry run ---------------------------------------------------------------------------------------------------
 
-    def report(self) -> "DryRun":
+    def state_report(self) -> StateReport:
+        """Bytes of the state on each device."""
+        config = self.config
+        kept = 0 if config.workdir is None else config.keep_latest + config.keep_best + 1  # one is being written
+        return StateReport.of(self.state, kept)
+
+    def report(self) -> DryRun:
         """Memory and FLOPs of every program, and of the state; allocates nothing."""
         programs = [ProgramReport.of(str(kind), self.step_program(kind)) for kind in self.kinds]
-        fields = ("params", "opt_state", "curvature", "model_state", "ema")
-        state = {name: _bytes_per_device(getattr(self.state, name)) for name in fields}
-        return DryRun(programs, state, dict(self.mesh.shape), batch_size(self.batch))
-
-
-@dataclasses.dataclass(frozen=True)
-class ProgramReport:
-    """One compiled program, per device: FLOPs (loop bodies counted once), bytes of arguments and temporaries."""
-
-    name: str
-    flops: float
-    argument_bytes: int
-    temporary_bytes: int
-    collectives: dict[str, int]
-
-    @staticmethod
-    def of(name: str, compiled: Any) -> "ProgramReport":
-        cost, memory, text = compiled.cost_analysis(), compiled.memory_analysis(), compiled.as_text()
-        kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-        counts = {kind: text.count(f" {kind}(") + text.count(f" {kind}-start(") for kind in kinds}
-        return ProgramReport(
-            name,
-            float((cost or {}).get("flops", float("nan"))),
-            memory.argument_size_in_bytes,
-            memory.temp_size_in_bytes,
-            {kind: count for kind, count in counts.items() if count},
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class DryRun:
-    """What a run needs: its programs, bytes of state per device, mesh and batch size. Print it."""
-
-    programs: list[ProgramReport]
-    state_bytes: dict[str, int]
-    mesh: dict[str, int]
-    batch_size: int
-
-    def __str__(self) -> str:
-        rows = [("program", "GFLOP", "arguments", "temporaries", "collectives")]
-        for p in self.programs:
-            collectives = ", ".join(f"{n} {kind}" for kind, n in p.collectives.items()) or "none"
-            memory = (human_bytes(p.argument_bytes), human_bytes(p.temporary_bytes))
-            rows.append((p.name, f"{p.flops / 1e9:.3g}", *memory, collectives))
-        state = [
-            ("state", "per device"),
-            *((name, human_bytes(size)) for name, size in self.state_bytes.items() if size),
-        ]
-        head = f"mesh {self.mesh}, batch of {self.batch_size}; per device, loop bodies counted once"
-        return f"{head}\n\n{table(rows)}\n\n{table(state)}"
+        return DryRun(programs, self.state_report(), dict(self.mesh.shape), batch_size(self.batch))
 
 
 def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
@@ -323,12 +297,3 @@ def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
         update: Any = optimizer.update
         return optax.GradientTransformationExtraArgs(optimizer.init, update)
     return optax.with_extra_args_support(optimizer)
-
-
-def _bytes_per_device(tree: PyTree) -> int:
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        size = jax.eval_shape(jax.random.key_data, leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        total += int(np.prod(shape)) * size.dtype.itemsize
-    return total

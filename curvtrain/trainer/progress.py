@@ -1,7 +1,7 @@
 """What a run says on the console: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,9 +12,9 @@ MAX_SHOWN = 5  # scalars on a line
 class ProgressReport:
     """Prints the run's progress; silent when `enabled` is false."""
 
-    def __init__(self, enabled: bool, first_step: int, steps: int):
+    def __init__(self, enabled: bool, steps: int):
         self._console = Console(quiet=not enabled, soft_wrap=True, highlight=False)
-        self._first, self._steps = first_step, steps
+        self._steps = steps
         self._bar = None
         if enabled and self._console.is_terminal:
             self._bar = Progress(
@@ -26,8 +26,13 @@ class ProgressReport:
                 console=self._console,
                 transient=True,
             )
+            self._task = self._bar.add_task("train", total=steps, rate="")
+
+    def begin(self, step: int) -> None:
+        """Shows the bar, after so many steps."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
             self._bar.start()
-            self._task = self._bar.add_task("train", total=steps, completed=first_step, rate="")
 
     def say(self, text: str) -> None:
         """A line of text."""
@@ -89,22 +94,3 @@ def duration(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows of text, the first a heading, as aligned columns: the first one to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    line = lambda row: "  ".join(
-        cell.ljust(width) if i == 0 else cell.rjust(width)
-        for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-    )
-    return "\n".join(map(line, rows))
-
-
-def human_bytes(count: float) -> str:
-    """1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError

@@ -1,5 +1,6 @@
 """Where arrays live: the mesh, a PartitionSpec for every leaf of the training state, and the batch's layout."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -82,26 +83,24 @@ def param_specs(shapes: PyTree, annotated: PyTree, sharding: str | ShardingRules
     Raises:
       ValueError: a spec names an axis that the mesh does not have, or splits an axis unevenly; a rule matches nothing.
     """
-    rules = [] if isinstance(sharding, str) else list(sharding)
-    unused = {pattern for pattern, _ in rules}
+    rules = [("", sharding)] if isinstance(sharding, str) else list(sharding)
+    unused = {pattern for pattern, _ in rules if pattern}
 
     def choose(path, shape, annotation):
         name = path_name(path)
         if any(entry is not None for entry in annotation):
             return _checked(name, annotation, shape.shape, mesh)
-        if sharding == "replicated":
-            return PartitionSpec()
-        if sharding == "fsdp":
-            return _largest_axis(shape.shape, mesh)
         for pattern, spec in rules:
             if re.search(pattern, name):
                 unused.discard(pattern)
-                return _checked(name, spec, shape.shape, mesh)
+                if isinstance(spec, PartitionSpec):
+                    return _checked(name, spec, shape.shape, mesh)
+                return _largest_axis(shape.shape, mesh) if spec == "fsdp" else PartitionSpec()
         return PartitionSpec()
 
-    if sharding == "fsdp" and "fsdp" not in mesh.shape:
+    if any(spec == "fsdp" for _, spec in rules) and "fsdp" not in mesh.shape:
         raise ValueError(
-            f"TrainerConfig(sharding='fsdp') needs an 'fsdp' axis in the mesh, which has {dict(mesh.shape)}."
+            f"TrainerConfig(sharding): 'fsdp' needs an 'fsdp' axis in the mesh, which has {dict(mesh.shape)}."
         )
     specs = jax.tree_util.tree_map_with_path(choose, shapes, annotated)
     if unused:
@@ -113,29 +112,35 @@ def param_specs(shapes: PyTree, annotated: PyTree, sharding: str | ShardingRules
     return specs
 
 
-def like_params(tree: PyTree, params: PyTree, specs: PyTree) -> PyTree:
-    """Specs for a tree that contains copies of the parameters (moments, averages); everything else is replicated.
+def like_params(tree: PyTree, params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+    """Specs for an optimizer's state, whatever the optimizer.
 
-    A leaf is a copy of the parameter whose path its own path ends in, if the shapes agree; or a stack of copies, if
-    they do but for a leading axis (the memory of L-BFGS, eigenvectors), which is not split.
+    A leaf belongs to the parameter whose path its own path ends in. It is laid out like the parameter if it is a copy
+    (moments), a stack of copies (the memory of L-BFGS), or what is left of one when axes are summed away (the rows and
+    columns of Adafactor). What else there is (Kronecker factors, flattened copies) is split along its largest axis that
+    divides, where parameters are split at all; a small or odd rest is replicated.
     """
     known = {
-        tuple(str(jax.tree_util.keystr((k,), simple=True)) for k in path): (leaf.shape, spec)
+        _keys(path): (leaf.shape, spec)
         for (path, leaf), spec in zip(
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(specs, is_leaf=is_spec), strict=True
         )
     }
     longest = max(map(len, known))
+    split = "fsdp" in mesh.shape and any(entry is not None for _, spec in known.values() for entry in spec)
 
     def choose(path, leaf):
-        names = tuple(str(jax.tree_util.keystr((k,), simple=True)) for k in path)
+        names = _keys(path)
         for length in range(min(longest, len(names)), 0, -1):
-            shape, spec = known.get(names[-length:], (None, None))
-            if shape == leaf.shape:
-                return spec
-            if shape == leaf.shape[1:]:
-                return PartitionSpec(None, *spec)
-        return PartitionSpec()
+            if names[-length:] in known:
+                shape, spec = known[names[-length:]]
+                if leaf.shape == shape:
+                    return spec
+                if leaf.shape[1:] == shape:
+                    return PartitionSpec(None, *spec)
+                if kept := _kept(leaf.shape, shape, spec):
+                    return kept
+        return _largest_axis(leaf.shape, mesh) if split else PartitionSpec()
 
     return jax.tree_util.tree_map_with_path(choose, tree)
 
@@ -155,12 +160,27 @@ def path_name(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _kept(shape: tuple[int, ...], whole: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec | None:
+    """That of the axes of a parameter that are left in a shape; None if it is not what is left of it.
+
+    Of several ways to read it, as of the rows of a square matrix, the one that splits most.
+    """
+    entries = [*spec, *[None] * (len(whole) - len(spec))]
+    ways = itertools.combinations(range(len(whole)), len(shape)) if shape else ()
+    found = [PartitionSpec(*(entries[i] for i in way)) for way in ways if shape == tuple(whole[i] for i in way)]
+    return max(found, key=lambda spec: sum(entry is not None for entry in spec), default=None)
+
+
 def _largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     size = mesh.shape["fsdp"]
     axes = [i for i, length in enumerate(shape) if length % size == 0]
     if not axes or int(np.prod(shape)) < SMALLEST:
         return PartitionSpec()
-    axis = max(axes, key=lambda i: shape[i])
+    axis = max(axes, key=lambda i: (shape[i], i))  # of equal ones the last: of a kernel, that which its bias has
     return PartitionSpec(*(["fsdp" if i == axis else None for i in range(len(shape))]))
 
 

@@ -20,7 +20,8 @@ from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.hooks import Hook
 from curvtrain.trainer.loop import FitResult, Loop, evaluate
 from curvtrain.trainer.metrics import Mean
-from curvtrain.trainer.plan import DryRun, Plan, Task
+from curvtrain.trainer.plan import Plan, Task
+from curvtrain.trainer.report import DryRun
 from curvtrain.trainer.state import TrainState
 
 

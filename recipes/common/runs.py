@@ -51,7 +51,7 @@ class RunOptions:
 
     Attributes:
       optimizer: a base optimizer, FOSI over it, K-FAC, or PSGD.
-      learning_rate: of the base optimizer, of K-FAC or PSGD; None is the one that was tuned for it (see the recipe).
+      learning_rate: of the base optimizer, of K-FAC or PSGD; None is the recipe's own, which says whether it was tuned.
       decay: whether learning rates stay as they are, or fall to zero along a cosine.
       alpha: rate of FOSI's Newton part.
       k: number of FOSI's eigenpairs.
@@ -148,7 +148,7 @@ def run(options: RunOptions, rates: Mapping[str, float | None], make_trainer: Ma
 
     Args:
       options: of the recipe.
-      rates: the tuned learning rate of every optimizer; None, or no entry, is an adaptive one of K-FAC.
+      rates: the default learning rate of every optimizer; None, or no entry, is an adaptive one of K-FAC.
       make_trainer: `(config, optimizer=, curvature=, schedule=) -> Trainer`.
 
     Returns:

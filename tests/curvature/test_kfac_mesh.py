@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import itertools
 import math
 import re
 import shutil
@@ -16,8 +17,11 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 from curvtrain import CurvatureSchedule, losses, optim
 from curvtrain.curvature import KFAC, stacks
 from curvtrain.curvature.kfac import owners
+from curvtrain.curvature.mesh import axes_for
 from curvtrain.objective import Objective
 from curvtrain.trainer import sharding
+from curvtrain.trainer.checkpoint import Mismatch
+from curvtrain.trainer.report import collectives
 from tests.trainer import tiny
 
 N, D, LAYERS = 16, 6, 16
@@ -38,6 +42,13 @@ class Equal(nnx.Module):
         for layer in self.layers:
             x = nnx.tanh(layer(x))
         return x
+
+
+class Twelve(Equal):
+    """A number of layers that 8 does not divide."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(D, D, rngs=rngs) for _ in range(12)])
 
 
 class Uneven(nnx.Module):
@@ -163,17 +174,50 @@ def test_how_many_owners():
     """As many as are almost free, or as the user says."""
     slots = lambda model, **options: jax.eval_shape(KFAC(**options).init, *build(model)).slots
     assert slots(Equal) == 16 and slots(Equal, inverse="ekfac") == 16
-    assert slots(Uneven) == 1 and slots(Uneven, slots=8) == 8
+    assert slots(Uneven) == 2 and slots(Uneven, slots=8) == 8
     with pytest.raises(ValueError, match=r"KFAC\(slots\)"):
         KFAC(slots=0)
+
+
+def test_owners_for_a_mesh():
+    """What takes the fewest bytes on each device, where the user leaves it open."""
+    chosen = lambda model, axes, **options: KFAC(**options).choices(*build(model), mesh_of(axes))
+    assert chosen(Equal, WIDE) == {"slots": 16} and chosen(Uneven, WIDE) == chosen(Uneven, BOTH) == {"slots": 8}
+    assert chosen(Twelve, WIDE) == {"slots": 8}  # 16 slots, not 12 factors on each device
+    assert chosen(Twelve, {"data": 1}) == {"slots": 4}  # of which no more than a tenth is padding
+    assert chosen(Uneven, WIDE, slots=4) == {}
+
+
+def test_sizes_share_stacks():
+    """Where few factors are of one size: an owner of the autoencoder has little more than its largest layer."""
+    sizes = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
+    counts = collections.Counter((a + 1, b) for a, b in itertools.pairwise(sizes))
+    stacks = owners._sizes(counts, 8)
+    assert stacks == (31, 251, 785, 1001)
+    shares, used = owners._shares(counts, owners._homes(counts, stacks), 8)
+    assert sum(D * D * entries.max() for D, entries in used.items()) <= 1.05 * (1001**2 + 784**2)
+    assert all(sum(share) == counts[shape] for shape, share in shares.items())
+    assert owners._sizes(counts, 1) == tuple(sorted({d for shape in counts for d in shape}))
+    assert owners._sizes({(5, 7): 16}, 16) == (5, 7)  # nothing to save
+
+
+def test_smaller_factors_stand_at_the_end_of_their_slots():
+    """And are read from there."""
+    stack = owners.Stack(3, (2, 0), 3, (2, 3))
+    small, large = jnp.arange(1.0, 5.0).reshape(1, 2, 2), jnp.ones((1, 3, 3))
+    X = stack.place([small, large])
+    np.testing.assert_array_equal(X[2], [[0, 0, 0], [0, 1, 2], [0, 3, 4]])
+    np.testing.assert_array_equal(owners.inside(stack.take(X, 0, 1), 2), small)
+    np.testing.assert_array_equal(stack.outside, [[False] * 3, [False] * 3, [True, False, False]])
+    assert owners.Stack(2, (0, 1), 3, (3, 3)).outside is None
 
 
 def test_axes():
     """All of the mesh where it divides, else the largest part of it that does."""
     wide, both = {"data": 8}, {"data": 2, "fsdp": 4}
-    assert owners.axes_for(wide, 16) == ("data",) and owners.axes_for(both, 8) == ("data", "fsdp")
-    assert owners.axes_for(both, 4) == ("fsdp",) and owners.axes_for(both, 2) == ("data",)
-    assert owners.axes_for(wide, 4) == owners.axes_for({"data": 1}, 8) == owners.axes_for({}, 8) == ()
+    assert axes_for(wide, 16) == ("data",) and axes_for(both, 8) == ("data", "fsdp")
+    assert axes_for(both, 4) == ("fsdp",) and axes_for(both, 2) == ("data",)
+    assert axes_for(wide, 4) == axes_for({"data": 1}, 8) == axes_for({}, 8) == ()
 
 
 @inverses
@@ -186,8 +230,11 @@ def test_the_overview_says_what_padding_costs(inverse):
         bookkeeping = [arrays.weight, arrays.scale_weight, arrays.damping]
         bookkeeping += [arrays.updates, arrays.refreshes, arrays.failures, arrays.skipped]
         want = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(arrays)) - 4 * len(bookkeeping)
-        assert f" {want:,} " in table.splitlines()[-1]
-        assert ("padding for 8 slots" in table) == (slots == 8)
+        layers, _, stacks = table.partition("\n\n")
+        assert f" {want:,} " in layers.splitlines()[-1]
+        assert ("padding for 8 slots" in layers) == (slots == 8)
+        each = sum(a.size // slots for a in arrays.factors.values()) * 4
+        assert (re.search(rf"^all +{each:,} +\d+\.\d%$", stacks, re.MULTILINE) is not None) == (slots == 8)
 
 
 # -- the same numbers --------------------------------------------------------------------------------------------------
@@ -287,16 +334,24 @@ def test_padding_is_no_work():
     assert done.max() <= done.sum() / 8 + largest
 
 
-COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
+def sent(program):
+    """{kind: bytes of what the collectives of a program give}."""
+    return collectives(program.as_text())[1]
 
 
-def collectives(program):
-    """{kind: bytes of what it gives}."""
-    found = collections.Counter()
-    for result, kind in COLLECTIVE.findall(program.as_text()):
-        for dtype, shape in re.findall(r"(pred|f32|s32|u32)\[([\d,]*)\]", result):
-            found[kind] += math.prod(map(int, filter(None, shape.split(",")))) * (1 if dtype == "pred" else 4)
-    return found
+def test_collectives_are_read():
+    """As XLA writes them."""
+    text = """
+      %a = f32[2,3]{1,0} all-gather(f32[1,3]{1,0} %x), dimensions={0}
+      %b = (f32[4]{0}, bf16[2]{0}) all-reduce(f32[4]{0} %y, bf16[2]{0} %z), to_apply=%sum
+      %c = (f32[2]{0}, f32[16]{0}) all-gather-start(f32[2]{0} %x), dimensions={0}
+      %d = pred[] all-reduce-start(pred[] %p), to_apply=%or
+      %e = (s32[4]{0}, s32[4]{0}, u32[], u32[]) collective-permute-start(s32[4]{0} %q)
+      %f = f32[16]{0} all-gather-done((f32[2]{0}, f32[16]{0}) %c)
+    """
+    counts, sizes = collectives(text)
+    assert counts == {"all-reduce": 2, "all-gather": 2, "collective-permute": 1}
+    assert sizes == {"all-reduce": 4 * 4 + 2 * 2 + 1, "all-gather": 4 * 6 + 4 * 16, "collective-permute": 4 * 4}
 
 
 @inverses
@@ -304,16 +359,35 @@ def test_collectives(inverse):
     """A solve gathers preconditioned gradients and nothing else; a refresh, of every factor a trace."""
     width = 16
     estimator, (objective, params) = KFAC("empirical", inverse=inverse), build(Equal, width=width)
-    batch, mesh = batch_of(width=width), mesh_of({"data": 2, "fsdp": 4})
+    batch, mesh = batch_of(width=width), mesh_of(WIDE)
     solve = lambda c, params, batch: c.solve(params, 0.1)
     refresh = lambda c, params, batch: estimator.refresh(c, objective, params, None, None, 0.1)
     size = 4 * sum(a.size for a in jax.tree.leaves(params))
     traces = 4 * 2 * LAYERS
-    found = collectives(compiled(solve, mesh, estimator, objective, params, batch, "everywhere")[0])
+    found = sent(compiled(solve, mesh, estimator, objective, params, batch, "everywhere")[0])
     branches = 2 if inverse == "cholesky" else 1  # for the damping of the last refresh, and for another
     assert branches * size <= found.pop("all-gather") <= branches * size + traces and not found
-    found = collectives(compiled(refresh, mesh, estimator, objective, params, batch, "curvature")[0])
-    assert sum(found.values()) <= 2 * traces
+    for axes in MESHES:
+        found = sent(compiled(refresh, mesh_of(axes), estimator, objective, params, batch, "curvature")[0])
+        assert sum(found.values()) <= 2 * traces
+
+
+@pytest.mark.parametrize("axes", [{"fsdp": 8}, BOTH], ids=str)
+def test_collectives_of_split_parameters(axes):
+    """Gradients go to the owners and back as pieces: none of the parameters' size is gathered."""
+    width = 64
+    (objective, params), mesh = build(Equal, width=width), mesh_of(axes)
+    estimator = KFAC("empirical", inverse="eigh")
+    specs = jax.tree.map(lambda p: PartitionSpec(*[None] * (p.ndim - 1), "fsdp"), params)
+    curvature = jax.eval_shape(estimator.init, objective, params)
+    where = sharding.named(mesh, (estimator.partition_specs(curvature, specs, mesh), specs))
+    abstract = lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s)
+    arguments = jax.tree.map(abstract, (curvature, params), where)
+    with jax.set_mesh(mesh):
+        solve = jax.jit(lambda c, params: c.solve(params, 0.1), out_shardings=where[1])
+        found = sent(solve.lower(*arguments).compile())
+    size = 4 * sum(a.size for a in jax.tree.leaves(params))
+    assert 0.2 * size < sum(found.values()) <= (0.3 if axes == {"fsdp": 8} else 1.0) * size, (found, size)
 
 
 def test_replicated_factors_need_no_communication():
@@ -323,7 +397,7 @@ def test_replicated_factors_need_no_communication():
     program, _ = compiled(solve, mesh_of({"data": 8}), estimator, objective, params, batch_of(), "everywhere")
     # of a solve with another damping than the last refresh's, which is in the same program, the inverses alone
     inverses = 4 * LAYERS * (D**2 + (D + 1) ** 2)
-    assert sum(collectives(program).values()) <= 1.1 * inverses
+    assert sum(sent(program).values()) <= 1.1 * inverses
 
 
 # -- in a Trainer ------------------------------------------------------------------------------------------------------
@@ -359,6 +433,19 @@ def train(steps, estimator, **options):
         **options,
     )
     return trainer, trainer.fit()
+
+
+def test_slots_are_chosen_when_a_run_begins(tmp_path, monkeypatch):
+    """For its mesh; a checkpoint keeps the choice, which would be another one on one device."""
+    run, _ = train(2, KFAC("empirical"), workdir=tmp_path, mesh=WIDE)
+    assert run.state.curvature.slots == 8
+    on(1, monkeypatch)
+    opened, _ = train(3, KFAC("empirical"), workdir=tmp_path, mesh={"data": -1})
+    assert opened.state.curvature.slots == 8 and int(opened.state.curvature.updates) == 3
+    with pytest.raises(Mismatch, match=r"curvature/factors"):
+        train(3, KFAC("empirical", slots=3), workdir=tmp_path, mesh={"data": -1})
+    alone, _ = train(1, KFAC("empirical"), mesh={"data": -1})
+    assert alone.state.curvature.slots < 8
 
 
 def test_a_checkpoint_of_eight_devices_opens_on_fewer(tmp_path, monkeypatch):

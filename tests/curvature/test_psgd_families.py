@@ -1,5 +1,6 @@
 """LowRank, XMat, Dense and Elementwise: single steps against float64, exact cases, fits, guards, devices."""
 
+import dataclasses
 import functools
 import re
 
@@ -532,6 +533,19 @@ def test_rows_that_are_always_zero(family, mode):
         assert failures == 0
     P = np.asarray(matrix_of(family, STRUCTURE, state))
     assert np.all(np.isfinite(P))
+
+
+@pytest.mark.parametrize("name", ["rank_0", "low_rank_1st", "xmat", "dense", "diagonal"])
+def test_the_largest_step_leads_back(name):
+    """At a rate of 1, and h so large that v is lost in rounding, a whole step would take Q to zero."""
+    family = dataclasses.replace(FAMILIES[name], initial_scale=1.0, damping=0.0)
+    state = family.init(STRUCTURE)
+    for i in range(4):
+        h = jax.tree.map(lambda a: 2.0**20 * np.sign(a), vectors(1, 20 + i))
+        state, failures = fit(family, STRUCTURE, state, None, h, jax.random.key(i), 1.0)
+        assert failures == 0
+    x = jax.tree.map(lambda a: a[0], vectors(1, 7))
+    assert np.all(np.isfinite(flat_one(round_trip(family, STRUCTURE, state, x))))
 
 
 def test_accept_and_choose():

@@ -48,14 +48,24 @@ def test_bases():
     np.testing.assert_array_equal(trees.matrix(trees.with_row(Q, 2, v)), dense)
 
 
-def test_zeros_and_random_vectors():
+def test_zeros():
     a = tree(0, dtype=jnp.bfloat16)
     assert not np.any(flat(trees.zeros(a)))
     assert {k: v.shape for k, v in trees.zeros(a, 3).items()} == {"w": (3, 2, 3), "b": (3, 4), "s": (3,)}
+
+
+@pytest.mark.parametrize("draw", [trees.random, trees.normal])
+def test_random_vectors(draw):
     many = {"u": jnp.zeros(5000), "v": jnp.zeros((50, 100), jnp.bfloat16)}
-    z = trees.random(jax.random.key(0), many)
+    z = draw(jax.random.key(0), many)
     assert {leaf.dtype for leaf in z.values()} == {jnp.dtype(jnp.float32)}
     z = flat(z)
     # mean 0, variance 1, and leaves that are independent of each other: five standard errors
     assert abs(z.mean()) < 5 / 100 and abs(z.var() - 1) < 5 * np.sqrt(2) / 100
     assert abs(np.mean(z[:5000] * z[5000:])) < 5 / np.sqrt(5000)
+
+
+def test_a_normal_basis():
+    rows = trees.normal(jax.random.key(0), tree(0), 3)
+    assert {k: v.shape for k, v in rows.items()} == {"w": (3, 2, 3), "b": (3, 4), "s": (3,)}
+    assert len(np.unique(trees.matrix(rows))) == 33

@@ -68,9 +68,14 @@ CONFIG = {
         r"TrainerConfig\(sharding\) should be .*; None is not such a pair",
     ),
     "sharding, rules": (
-        dict(sharding=[("kernel", "data")]),
+        dict(sharding=[("kernel", ("data",))]),
         TypeError,
-        r"TrainerConfig\(sharding\) should be .* PartitionSpec\) pairs; \('kernel', 'data'\) is not such a pair",
+        r"TrainerConfig\(sharding\) should be .* PartitionSpec\) pairs; \('kernel', \('data',\)\) is not such a pair",
+    ),
+    "sharding, word": (
+        dict(sharding=[("kernel", "fdsp")]),
+        ValueError,
+        r"TrainerConfig\(sharding\) of 'kernel' should be .* not 'fdsp'. Did you mean 'fsdp'\?",
     ),
     "sharding, regex": (
         dict(sharding=[("(kernel", P("data"))]),

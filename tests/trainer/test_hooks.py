@@ -10,8 +10,9 @@ import pytest
 from tensorboardX.proto import event_pb2
 from tiny import examples, trainer
 
+from curvtrain._text import human_bytes, table
 from curvtrain.trainer import Call, EarlyStopping, Hook, Profiler, Run, read_jsonl
-from curvtrain.trainer.progress import Clock, duration, human_bytes, table
+from curvtrain.trainer.progress import Clock, duration
 from curvtrain.trainer.writers import Csv, JsonLines, TensorBoard, open_writers
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

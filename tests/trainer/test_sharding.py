@@ -83,6 +83,7 @@ def specs(tree, rule, annotated=None, mesh=None):
 
 def test_fsdp_splits_the_largest_axis_that_divides():
     tree = shapes(tall=(512, 64), wide=(64, 512), odd=(510, 64), prime=(511, 63), small=(16, 16), vector=(2048,))
+    tree |= shapes(square=(64, 64))
     assert specs(tree, "fsdp") == {
         "tall": P("fsdp", None),
         "wide": P(None, "fsdp"),
@@ -90,6 +91,7 @@ def test_fsdp_splits_the_largest_axis_that_divides():
         "prime": P(),
         "small": P(),
         "vector": P("fsdp"),
+        "square": P(None, "fsdp"),  # the axis that its bias has
     }
     assert set(specs(tree, "replicated").values()) == {P()}
 
@@ -104,6 +106,14 @@ def test_the_first_rule_that_matches_counts():
         "encoder": [{"kernel": P(None, ("data", "fsdp")), "bias": P("data")}, {"kernel": P("fsdp"), "bias": P("data")}],
         "head": {"w": P()},
     }
+
+
+def test_rules_may_leave_the_rest_to_fsdp():
+    tree = shapes(head=(64, 8), kernel=(512, 64), scale=(2048,), small=(16,))
+    rules = [("head", P("data")), ("scale", "replicated"), (".*", "fsdp")]
+    assert specs(tree, rules) == {"head": P("data"), "kernel": P("fsdp", None), "scale": P(), "small": P()}
+    with pytest.raises(ValueError, match=r"sharding\): 'fsdp' needs an 'fsdp' axis in the mesh, which has"):
+        specs(tree, rules, mesh={"data": 8})
 
 
 def test_an_annotation_comes_before_everything():
@@ -128,7 +138,7 @@ def test_an_annotation_comes_before_everything():
             BOTH,
             r"mesh axis 'tensor', but the mesh has \{.*\}. Add it to TrainerConfig\(mesh\)",
         ),
-        ("fsdp", {"data": 8}, r"sharding='fsdp'\) needs an 'fsdp' axis in the mesh, which has \{'data': 8\}"),
+        ("fsdp", {"data": 8}, r"sharding\): 'fsdp' needs an 'fsdp' axis in the mesh, which has \{'data': 8\}"),
     ],
 )
 def test_sharding_errors(rule, mesh, message):
@@ -153,7 +163,7 @@ def test_moments_are_laid_out_like_their_parameters(optimizer):
     params = shapes(kernel=(512, 64), bias=(64,))
     layout = specs(params, "fsdp")
     state = jax.eval_shape(optimizer.init, params)
-    found = sharding.like_params(state, params, layout)
+    found = sharding.like_params(state, params, layout, sharding.make_mesh(BOTH))
     for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(found, is_leaf=sharding.is_spec), strict=True):
         like = {(512, 64): P("fsdp", None), (3, 512, 64): P(None, "fsdp", None), (3, 64): P(None)}
         assert where == like.get(leaf.shape, P())
@@ -163,7 +173,29 @@ def test_parameters_of_equal_names_are_told_apart_by_their_paths():
     params = {"a": shapes(kernel=(64, 64)), "b": {"a": shapes(kernel=(64, 64))}}
     layout = {"a": {"kernel": P("fsdp")}, "b": {"a": {"kernel": P(None, "fsdp")}}}
     state = jax.eval_shape(optax.sgd(0.1, momentum=0.9).init, params)
-    assert sharding.like_params(state, params, layout)[0].trace == layout
+    assert sharding.like_params(state, params, layout, sharding.make_mesh(BOTH))[0].trace == layout
+
+
+def test_the_rest_of_an_optimizer_is_split_too():
+    """Adafactor's rows and columns, and what is no copy of anything: nothing large is on every device."""
+    params, mesh = shapes(kernel=(256, 512), square=(256, 256), bias=(64,)), sharding.make_mesh(BOTH)
+    layout = specs(params, "fsdp")
+    assert layout == {"kernel": P(None, "fsdp"), "square": P(None, "fsdp"), "bias": P()}
+    state = jax.eval_shape(optax.adafactor(1e-3).init, params)
+    (factored,) = [s for s in state if hasattr(s, "v_row")]
+    (found,) = [s for s in sharding.like_params(state, params, layout, mesh) if hasattr(s, "v_row")]
+    assert {factored.v_row["kernel"].shape, factored.v_col["kernel"].shape} == {(256,), (512,)}
+    split = {512: P("fsdp"), 256: P(None)}
+    assert found.v_row["kernel"] == split[factored.v_row["kernel"].shape[0]]
+    assert found.v_col["kernel"] == split[factored.v_col["kernel"].shape[0]]
+    assert found.v_row["square"] == found.v_col["square"] == P("fsdp")
+    other = {"left": shapes(kernel=(6, 256, 256)), "flat": jax.ShapeDtypeStruct((4096,), jnp.float32)}
+    assert sharding.like_params(other, params, layout, mesh) == {
+        "left": {"kernel": P(None, None, "fsdp")},
+        "flat": P("fsdp"),
+    }
+    alone = sharding.like_params(other, params, specs(params, "replicated"), mesh)
+    assert set(jax.tree.leaves(alone, is_leaf=sharding.is_spec)) == {P()}
 
 
 def annotated(rngs):

@@ -219,8 +219,12 @@ def test_a_dry_run_allocates_nothing():
     assert [program.name for program in report.programs] == ["train", "train + refresh"]
     assert all(program.flops > 0 and program.argument_bytes > 0 for program in report.programs)
     kernels, biases = (FEATURES + CLASSES) * 4096, 4096
-    assert report.state_bytes["params"] == 4 * ((kernels + biases) / 4 + CLASSES)  # a quarter of what "fsdp" splits
-    assert report.state_bytes["opt_state"] == 2 * report.state_bytes["params"] + 4
+    params, moments = report.state["params"], report.state["opt_state"]
+    assert params.whole == 4 * (kernels + biases + CLASSES)
+    assert params.per_device == 4 * ((kernels + biases) / 4 + CLASSES)  # a quarter of what "fsdp" splits
+    assert (params.replicated, params.largest) == (4 * CLASSES, f"outer/bias ({4 * CLASSES} B)")
+    assert moments.per_device == 2 * params.per_device + 4 and report.state["key"].whole == 8
+    assert report.state.whole == sum(part.whole for part in report.state.values()) and not report.state.checkpoints
     text = str(report)
     for word in ("mesh {'data': 2, 'fsdp': 4}, batch of 16", "train + refresh", "all-reduce", "KiB"):
         assert word in text

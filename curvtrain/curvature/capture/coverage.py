@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from curvtrain._text import table
 from curvtrain.curvature.capture.layers import LAYERS, WRAPPERS, Layer, Path, PlainParameter, Unsupported
 from curvtrain.objective import Objective
 
@@ -37,7 +39,7 @@ class Coverage:
 
     def matrices(self, vector: PyTree) -> dict[str, jax.Array]:
         """A vector like the parameters as each layer's M."""
-        return {layer.name: layer.matrix(_at(vector, layer.path)) for layer in self.layers}
+        return {layer.name: layer.matrix(at(vector, layer.path)) for layer in self.layers}
 
     def vector(self, matrices: Mapping[str, jax.Array]) -> PyTree:
         """The inverse of `matrices`: a nested dict like the parameters."""
@@ -49,6 +51,11 @@ class Coverage:
             node.update(layer.parameters(matrices[layer.name]))
         return tree
 
+    def zeros(self) -> PyTree:
+        """A zero vector like the parameters."""
+        zeros = lambda layer: {name: jnp.zeros((*layer.stack, *shape)) for name, shape in layer.shapes}
+        return self.vector({layer.name: layer.matrix(zeros(layer)) for layer in self.layers})
+
     def table(self, blocks: Mapping[str, tuple[str, int]], besides: Mapping[str, int] | None = None) -> str:
         """A table of path, layer, block, shapes, bytes of curvature and share of the parameters.
 
@@ -57,8 +64,7 @@ class Coverage:
           besides: bytes that belong to no layer, by what they are.
         """
         total = sum(layer.size for layer in self.layers)
-        head = ("parameters", "layer", "block", "shapes", "curvature bytes", "share")
-        lines = [head]
+        lines = [("parameters", "layer", "block", "shapes", "curvature bytes", "share")]
         for layer in self.layers:
             kind, size = blocks[layer.name]
             shapes = ", ".join(f"{name} {(*layer.stack, *shape)}" for name, shape in layer.shapes)
@@ -67,10 +73,7 @@ class Coverage:
         lines += [(name, "", "", "", f"{size:,}", "") for name, size in besides.items()]
         bytes_ = sum(size for _, size in blocks.values()) + sum(besides.values())
         lines.append(("total", "", "", f"{total:,} parameters", f"{bytes_:,}", "100.0%"))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return table(lines, left=4)
 
 
 def cover(
@@ -145,7 +148,8 @@ def _has(params: PyTree, layer: Layer) -> bool:
     return all(name in node for name, _ in layer.shapes)
 
 
-def _at(tree: PyTree, path: Path) -> PyTree:
+def at(tree: PyTree, path: Path) -> PyTree:
+    """What a nested dict has there."""
     for part in path:
         tree = tree[part]
     return tree

@@ -25,6 +25,7 @@ from curvtrain.curvature.kfac import factors as kf
 from curvtrain.curvature.kfac import owners
 from curvtrain.curvature.kfac.factors import INVERSES, KroneckerFactors
 from curvtrain.curvature.kfac.stale import Staleness
+from curvtrain.curvature.mesh import axes_for, everywhere, spec_for, spread_spec
 from curvtrain.objective import Objective, safe
 
 PyTree = Any
@@ -54,9 +55,10 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         Costs the memory of two more copies of the factors. None: all factors at every refresh.
       slots: on how many devices, or on a number that divides it, the stacks of factors and all that is made of them are
         split, each device having some layers and factorising those; more than there are layers of a kind costs padding
-        (`overview` says how much). None: the largest power of two up to 64 of which the padding is at most a tenth. 1:
-        all factors and inverses on every device, which still factorises only a share. It is part of the state; see
-        `owners.py`.
+        (`overview` says how much). None: in a Trainer, what takes the fewest bytes on each device of the mesh on which
+        the run begins (`choices`); elsewhere, the largest power of two up to 64 of which the padding is at most a
+        tenth. 1: all factors and inverses on every device, which still factorises only a share: more memory, and no
+        communication between two refreshes. It is part of the state; see `owners.py`.
       uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.
       plain: regular expression; layers and parameters whose path it matches get that diagonal too.
 
@@ -153,7 +155,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         statistic = KroneckerStatistic(self.weight_sharing, scales=scales)
         given = {}
         if scales:
-            vectors = owners.everywhere(c.vectors)  # every device has examples of every layer
+            vectors = everywhere(c.vectors)  # every device has examples of every layer
             for layer in owners.matrices_of(c.coverage):
                 QA, QG = c.pair(vectors, layer.name)
                 of = lambda Q, layer=layer: Q.reshape(*layer.stack, layer.groups, *Q.shape[1:])
@@ -233,7 +235,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 if due is None:
                     seeds = c.by_matrix(seed, (values,))
                 else:
-                    whose, moved = owners.everywhere(due), {}
+                    whose, moved = everywhere(due), {}
                     for layer in owners.matrices_of(c.coverage):
                         moved[layer.name] = new_basis = functools.reduce(operator.or_, c.pair(whose, layer.name))
                         weights[layer.name] = jnp.where(new_basis, 1.0, stale.scale_weights[layer.name])
@@ -243,7 +245,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
                 new |= {"scales": c.blocks(seeds), "scale_weight": jnp.float32(1)}
         if self.stale is not None:
             stale = stale.refreshed(c.factors, finite, self.stale)
-        finite = owners.everywhere(finite)
+        finite = everywhere(finite)
         finite = {size: c.layout.stack(size).take(ok) for size, ok in finite.items()}
         mixed = {name: _mixed(e) for name, e in c.embeddings.items()}
         eigen = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=finite)
@@ -256,13 +258,21 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
     def partition_specs(self, curvature: KroneckerFactors, param_specs, mesh):
         """Stacks of factors, and what is made of them, are split over as many devices as `slots` allows."""
         specs = jax.tree.map(lambda _: PartitionSpec(), curvature)
-        spec = owners.spec_for(owners.axes_for({} if mesh is None else mesh.shape, curvature.slots))
+        shape = {} if mesh is None else mesh.shape
+        spec = spec_for(axes_for(shape, curvature.slots))
         split = lambda tree: jax.tree.map(lambda _: spec, tree)
         stacks = {
             name: split(getattr(curvature, name)) for name in ("factors", "inverses", "vectors", "values", "scales")
         }
         stale = dataclasses.replace(split(curvature.stale), scale_weights=specs.stale.scale_weights)
-        return dataclasses.replace(specs, **stacks, stale=stale)
+        plain = {name: spread_spec(shape, d.shape) for name, d in curvature.plain.items()}
+        norms = {name: spread_spec(shape, F.shape) for name, F in curvature.norms.items()}
+        return dataclasses.replace(specs, **stacks, stale=stale, plain=plain, norms=norms)
+
+    def choices(self, objective, params, mesh):
+        if self.slots is not None:
+            return {}
+        return {"slots": owners.slots_for(self.coverage(objective, params), self.inverse == "ekfac", mesh.shape)}
 
     def overview(self, objective, params) -> str:
         curvature = jax.eval_shape(self.init, objective, params)
@@ -290,7 +300,8 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         kept = jax.tree.leaves((c.factors, c.inverses, c.vectors, c.values, c.scales, c.stale))
         matrices = [layer.name for layer in owners.matrices_of(coverage)]
         padding = sum(a.size * a.dtype.itemsize for a in kept) - sum(blocks[name][1] for name in matrices)
-        return coverage.table(blocks, {f"padding for {c.slots} slots": padding} if padding else {})
+        shown = coverage.table(blocks, {f"padding for {c.slots} slots": padding} if padding else {})
+        return shown if c.slots == 1 or not matrices else f"{shown}\n\n{owners.overview(c.layout, c.slots)}"
 
 
 def _finite(found: dict[str, jax.Array]) -> jax.Array:

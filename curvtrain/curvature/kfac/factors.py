@@ -1,10 +1,10 @@
 """Kronecker-factored curvature: C = A (x) G for every layer's matrix, exact small blocks for everything else.
 
-Symbols as in `capture/layers.py`, and:
+Symbols as in `capture/layers/__init__.py`, and:
 
 | symbol | shape | meaning |
 |---|---|---|
-| A, G | (K, d_i, d_i), (K, d_o, d_o) | factors; all factors of one size d live in one stack, (slots, d, d) |
+| A, G | (K, d_i, d_i), (K, d_o, d_o) | factors; those of one size D, or almost, live in one stack (slots, D, D) |
 | lambda | () | damping |
 | pi | (K,) | sqrt((tr A / d_i) / (tr G / d_o)): how the damping is split over the factors |
 | Q_A, alpha, Q_G, gamma | | eigenvectors and eigenvalues of A and G |
@@ -38,6 +38,7 @@ from curvtrain.curvature.capture.layers import Layer, MatrixLayer
 from curvtrain.curvature.kfac import owners
 from curvtrain.curvature.kfac.owners import Layout, layout_of, matrices_of
 from curvtrain.curvature.kfac.stale import Staleness
+from curvtrain.curvature.mesh import everywhere
 from curvtrain.curvature.products import as_matrix
 
 PyTree = Any
@@ -54,14 +55,14 @@ class KroneckerFactors(Curvature):
     """Kronecker factors of every layer, with what has been factorised of them.
 
     Attributes:
-      factors: for each size d, all factors of that size, (slots, d, d); moving averages. Which slot is whose says
-        `layout`; those of nobody are zero.
+      factors: for each size D, all factors of about that size, (slots, D, D); moving averages. Which slot is whose
+        says `layout`; what is nobody's is zero.
       embeddings: for each embedding, counts (K, V), G (K, D, D), A_head (K, D, D), G_head (K, V).
       norms: for each norm layer, (K * C, p, p).
       plain: for each plain parameter, its diagonal, like the parameter's vector (size,).
       weight: what the moving averages have seen, sum of powers of the decay.
-      inverses: "cholesky": for each size, (slots, d, d) damped inverses.
-      vectors, values: "eigh" and "ekfac": eigenvectors (slots, d, d) as columns and eigenvalues (slots, d).
+      inverses: "cholesky": for each size, (slots, D, D) damped inverses.
+      vectors, values: "eigh" and "ekfac": eigenvectors (slots, D, D) as columns and eigenvalues (slots, D).
       bases: for each embedding, eigenvectors (K, D, D) of its rows' matrix, and the diagonals (K, D) of G and A_head.
       scales: "ekfac": for each matrix, S (K, d_i, d_o).
       scale_weight: as `weight`, for S in the present basis.
@@ -103,16 +104,17 @@ class KroneckerFactors(Curvature):
 
     def pair(self, stacks: Arrays, name: str) -> tuple[jax.Array, jax.Array]:
         """(A's part, G's part) of a dictionary of stacks, for one matrix."""
-        K = next(layer.copies for layer in matrices_of(self.coverage) if layer.name == name)
+        layer = next(layer for layer in matrices_of(self.coverage) if layer.name == name)
         a, i, g, j = dict(self.layout.at)[name]
-        return self.layout.stack(a).take(stacks[a], i, K), self.layout.stack(g).take(stacks[g], j, K)
+        take = lambda size, start, d: owners.inside(self.layout.stack(size).take(stacks[size], start, layer.copies), d)
+        return take(a, i, layer.d_i), take(g, j, layer.d_o)
 
     def pis(self) -> dict[str, jax.Array]:
         """For each matrix pi (K,): 1 where a factor is zero."""
-        means = owners.everywhere({size: jnp.mean(diagonals(X), axis=-1) for size, X in self.factors.items()})
+        traces = everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
         found = {}
         for layer in matrices_of(self.coverage):
-            a, g = self.pair(means, layer.name)
+            a, g = (trace / d for trace, d in zip(self.pair(traces, layer.name), (layer.d_i, layer.d_o), strict=True))
             ok = (a > 0) & (g > 0)
             found[layer.name] = jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0))
         return found
@@ -128,29 +130,37 @@ class KroneckerFactors(Curvature):
         for name, (a, _, g, _) in self.layout.at:
             parts[a].append(pis[name] * root)
             parts[g].append(root / pis[name])
-        shifts = owners.everywhere({size: self.layout.stack(size).place(shift) for size, shift in parts.items()})
+        shifts = everywhere({size: self.layout.stack(size).place(shift) for size, shift in parts.items()})
 
         def factorise(given):
             X, shifts, old = ({size: arrays[i] for size, (arrays, _) in given.items()} for i in range(3))
+            X = {size: _outside(A, given[size][0][3:], 1.0) for size, A in X.items()}  # an inverse, whatever the shift
             kept = {size: None if due is None else (due, old[size]) for size, (_, due) in given.items()}
             new = stacks.in_turn(lambda size, shift: stacks.inverse(X[size], shift, kept[size]), shifts)
             return keep_finite(new, old, {size: diagonals(X) for size, X in new.items()})
 
-        given = {size: (X, shifts[size], self.inverses[size]) for size, X in self.factors.items()}
+        given = {size: (X, shifts[size], self.inverses[size], *self._rows(size)) for size, X in self.factors.items()}
         return self.spread(factorise, given, due)
 
     def eigenbases(self, due: Arrays | None = None) -> tuple[dict[str, tuple[jax.Array, jax.Array]], Arrays]:
         """(eigenvalues and eigenvectors of all factors, or of those that are due; which are finite (slots,))."""
 
         def factorise(given):
-            old = {size: arrays[1:] for size, (arrays, _) in given.items()}
+            old = {size: arrays[1:3] for size, (arrays, _) in given.items()}
             kept = {size: None if due is None else (due, old[size]) for size, (_, due) in given.items()}
-            X = {size: arrays[0] for size, (arrays, _) in given.items()}
+            # eigenvalues below all others, so that their vectors stay apart, and are the first
+            X = {size: _outside(arrays[0], arrays[3:], -1.0) for size, (arrays, _) in given.items()}
             found = stacks.in_turn(lambda size, X: _positive(*stacks.eigh(X, kept[size])), X)
             return keep_finite(found, old)
 
-        given = {size: (X, self.values[size], self.vectors[size]) for size, X in self.factors.items()}
+        old = lambda size: (self.values[size], self.vectors[size])
+        given = {size: (X, *old(size), *self._rows(size)) for size, X in self.factors.items()}
         return self.spread(factorise, given, due)
+
+    def _rows(self, size: str) -> tuple[jax.Array, ...]:
+        """Where factors of a stack are smaller than its slots, which rows are not theirs (slots, D)."""
+        outside = self.layout.stack(size).outside
+        return () if outside is None else (jnp.asarray(outside),)
 
     def spread(self, function: Callable[..., Any], given: dict[str, PyTree], due: Arrays | None) -> Any:
         """function({size: (arrays, which are due)}), each device at its share."""
@@ -243,21 +253,14 @@ class KroneckerFactors(Curvature):
         )
 
     def as_matrix(self) -> jax.Array:
-        return as_matrix(self.matvec, self.like())
-
-    def like(self) -> PyTree:
-        """A zero vector like the parameters."""
-        zeros = {
-            layer.name: {n: jnp.zeros((*layer.stack, *s)) for n, s in layer.shapes} for layer in self.coverage.layers
-        }
-        return self.coverage.vector({layer.name: layer.matrix(zeros[layer.name]) for layer in self.coverage.layers})
+        return as_matrix(self.matvec, self.coverage.zeros())
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and mean trace of a factor, counts, and with `stale` the share of factors at the last refresh."""
-        traces = owners.everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
+        traces = everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
         traces = [self.layout.stack(size).take(trace) for size, trace in traces.items()]
         traces = jnp.concatenate(traces) if traces else jnp.zeros(1)
-        due = owners.everywhere(self.stale.due)
+        due = everywhere(self.stale.due)
         due = {size: self.layout.stack(size).take(X) for size, X in due.items()}
         return {
             "factor_trace_max": jnp.max(traces),
@@ -274,7 +277,7 @@ class KroneckerFactors(Curvature):
         given, found = self.coverage.matrices(trees.float32(vector)), {}
         with trees.exact():
             mine = matrices({layer.name: given[layer.name] for layer in matrices_of(self.coverage)})
-            mine = owners.everywhere(mine) if isinstance(mine, owners.Blocks) else mine
+            mine = owners.to_parameters(mine) if isinstance(mine, owners.Blocks) else mine
             for name, M in given.items():
                 layer = next(layer for layer in self.coverage.layers if layer.name == name)
                 if isinstance(layer, MatrixLayer):
@@ -320,6 +323,11 @@ class KroneckerFactors(Curvature):
 def diagonals(X: jax.Array) -> jax.Array:
     """(..., d) of matrices (..., d, d). Those that are sums of v v^T are finite wherever their diagonals are."""
     return jnp.diagonal(X, axis1=-2, axis2=-1)
+
+
+def _outside(X: jax.Array, rows: tuple[jax.Array, ...], value: float) -> jax.Array:
+    """X (slots, D, D) with a value on the diagonal in these rows (slots, D), if there are such."""
+    return X if not rows else jnp.where(jnp.eye(X.shape[-1], dtype=bool) & rows[0][:, None], value, X)
 
 
 def keep_finite(new: PyTree, old: PyTree, shown: PyTree = None) -> tuple[PyTree, Arrays]:

@@ -14,17 +14,21 @@ which is the same on any mesh: checkpoints made on 8 devices open on 4, 2 and 1.
 Entries go to owners evenly, shape by shape; those that are left over go where they make no stack longer, or to where
 there is least work so far, d_i^3 + d_o^3 each.
 
+A stack that few factors share is mostly padding. So a size d joins the stack of the next larger size D where an owner
+then has less memory and work to spare for them in all. Its factors stand in the last d rows and columns: what is before
+them is zero, of which a factorisation makes something that is finite and belongs to nobody (`Stack.outside`), and the
+ascending eigenvalues, of which the first are of the padding, keep their places too.
+
 Where n does not divide S: over as many axes of the mesh as do; where none does, everything is replicated, each device
 still factorises only its share, and the results are gathered once. That is what S = 1 chooses: more memory, and no
 communication between two refreshes.
 
-The mesh is that of `jax.set_mesh` while a program is traced; without one, or on one device, none of this happens.
+Which mesh that is, says `curvature/mesh.py`.
 """
 
 import collections
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -32,24 +36,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
+from curvtrain._text import table
 from curvtrain.curvature.capture import Coverage
 from curvtrain.curvature.capture.layers import MatrixLayer
+from curvtrain.curvature.mesh import axes_for, constrain, everywhere, mesh_shape, split
 
 PyTree = Any
 Shape = tuple[int, int]  # d_i, d_o
 
 MOST = 64  # owners that are chosen by themselves
 PADDING = 0.1  # share of all bytes that may be padding then
+TRIED = 12  # sizes of stacks of which all ways to join two are tried
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Entry k of so many is in slot at[k]; the other slots are padding."""
+    """Entry k of so many is in slot at[k]; the other slots are padding.
+
+    Of a stack of factors, D is the room of a slot, and dims[k] the d of entry k.
+    """
 
     slots: int
     at: tuple[int, ...]
+    D: int = 0
+    dims: tuple[int, ...] = ()
 
     @property
     def padded(self) -> bool:
@@ -62,8 +74,21 @@ class Stack:
         used[list(self.at)] = True
         return used
 
+    @property
+    def outside(self) -> np.ndarray | None:
+        """Which rows of a slot are before those of its entry (slots, D); None if none are."""
+        if all(d == self.D for d in self.dims):
+            return None
+        outside = np.zeros((self.slots, self.D), bool)
+        for at, d in zip(self.at, self.dims, strict=True):
+            outside[at, : self.D - d] = True
+        return outside
+
     def place(self, parts: Sequence[jax.Array]) -> jax.Array:
         """The entries, given in order and in parts (k, ...), in their slots; zero elsewhere."""
+        if self.D:
+            before = lambda X: [(0, 0), *[(self.D - n, 0) for n in X.shape[1:]]]
+            parts = [X if all(n == self.D for n in X.shape[1:]) else jnp.pad(X, before(X)) for X in parts]
         if self.at == tuple(range(self.slots)):
             return jnp.concatenate(parts)
         rows = [(i, k) for i, part in enumerate(parts) for k in range(len(part))]
@@ -97,7 +122,7 @@ class Layout:
 
     Attributes:
       at: for each matrix's name, (stack of A, its first entry there, stack of G, its first entry there).
-      factors: for each size's name, (d, stack).
+      factors: for each size's name, (D, stack).
       blocks: for each shape's name, (names of its matrices in order, stack).
     """
 
@@ -118,13 +143,13 @@ class Layout:
 
     def numbers(self, scales: bool) -> tuple[int, int]:
         """How many numbers (a copy of all factors, and of all blocks, if there are scales) take: (all, of padding)."""
-        total = pads = 0
-        shapes = {name: math.prod(map(int, name.split("x"))) for name, _ in self.blocks} if scales else {}
-        each = [(d * d, stack) for _, (d, stack) in self.factors]
-        each += [(shapes[name], stack) for name, (_, stack) in self.blocks if scales]
-        for count, stack in each:
-            total, pads = total + count * stack.slots, pads + count * (stack.slots - len(stack.at))
-        return total, pads
+        total = used = 0
+        for _, (D, stack) in self.factors:
+            total, used = total + D * D * stack.slots, used + sum(d * d for d in stack.dims)
+        for name, (_, stack) in self.blocks if scales else ():
+            count = math.prod(map(int, name.split("x")))
+            total, used = total + count * stack.slots, used + count * len(stack.at)
+        return total, total - used
 
 
 def matrices_of(coverage: Coverage) -> list[MatrixLayer]:
@@ -132,28 +157,32 @@ def matrices_of(coverage: Coverage) -> list[MatrixLayer]:
 
 
 @functools.cache
-def layout_of(coverage: Coverage, slots: int = 1) -> Layout:
-    """The layout for so many owners."""
-    counts: dict[int, int] = {}
-    at, shapes = [], collections.defaultdict[Shape, list[MatrixLayer]](list)
+def layout_of(coverage: Coverage, slots: int = 1, sizes: tuple[int, ...] | None = None) -> Layout:
+    """The layout for so many owners; `sizes` of the stacks: those that cost an owner least."""
+    shapes = collections.defaultdict[Shape, list[MatrixLayer]](list)
     for layer in matrices_of(coverage):
         shapes[layer.d_i, layer.d_o].append(layer)
+    counts = {shape: sum(layer.copies for layer in layers) for shape, layers in shapes.items()}
+    homes = _homes(counts, sizes or _sizes(counts, slots))
+    dims: dict[int, list[int]] = {D: [] for D in homes.values()}
+    at = []
+    for layer in matrices_of(coverage):
         where: list[Any] = []
         for d in (layer.d_i, layer.d_o):
-            where += [str(d), counts.get(d, 0)]
-            counts[d] = counts.get(d, 0) + layer.copies
+            where += [str(homes[d]), len(dims[homes[d]])]
+            dims[homes[d]] += [d] * layer.copies
         at.append((layer.name, tuple(where)))
-    shares = _shares({shape: sum(layer.copies for layer in layers) for shape, layers in shapes.items()}, slots)
-    owners: dict[str, list[int]] = {str(d): [0] * count for d, count in counts.items()}
+    shares = _shares(counts, homes, slots)[0]
+    owners = {D: [0] * len(entries) for D, entries in dims.items()}
     blocks, first = {}, dict(at)
     for shape, layers in shapes.items():
         mine = [int(owner) for owner in np.repeat(np.arange(slots), shares[shape])]
         blocks[name_of(*shape)] = (tuple(layer.name for layer in layers), _stack(mine, slots))
         for layer in layers:
             (a, i, g, j), K = first[layer.name], layer.copies
-            owners[a][i : i + K] = owners[g][j : j + K] = mine[:K]
+            owners[int(a)][i : i + K] = owners[int(g)][j : j + K] = mine[:K]
             mine = mine[K:]
-    factors = {str(d): (d, _stack(owners[str(d)], slots)) for d in sorted(counts)}
+    factors = {str(D): (D, _stack(owners[D], slots, D, tuple(dims[D]))) for D in sorted(dims)}
     return Layout(tuple(at), tuple(factors.items()), tuple(blocks.items()))
 
 
@@ -162,33 +191,72 @@ def name_of(d_i: int, d_o: int) -> str:
     return f"{d_i}x{d_o}"
 
 
-def _shares(counts: Mapping[Shape, int], slots: int) -> dict[Shape, np.ndarray]:
-    """How many matrices of each shape every owner has."""
+def _homes(counts: Mapping[Shape, int], sizes: Sequence[int]) -> dict[int, int]:
+    """The size D of the stack in which factors of each size d are."""
+    return {d: min(D for D in sizes if d <= D) for d in {d for shape in counts for d in shape}}
+
+
+def _sizes(counts: Mapping[Shape, int], slots: int) -> tuple[int, ...]:
+    """Of stacks, so that the memory and the work of the owner who has most of each are small shares of all.
+
+    One size after another joins the next larger one: the most similar ones while there are more than `TRIED`, then
+    always that which saves most, while that saves something.
+    """
+    numbers = sum(count * (a**2 + g**2) for (a, g), count in counts.items())
+    flops = sum(count * (a**3 + g**3) for (a, g), count in counts.items())
+
+    def cost(sizes):
+        homes = _homes(counts, sizes)
+        shares, used = _shares(counts, homes, slots)
+        work = np.sum([share * (homes[a] ** 3 + homes[g] ** 3) for (a, g), share in shares.items()], axis=0)
+        return sum(D * D * entries.max() for D, entries in used.items()) / numbers + np.max(work) / flops
+
+    sizes = tuple(sorted({d for shape in counts for d in shape}))
+    if slots == 1 or len(sizes) < 2:
+        return sizes
+    without = lambda i: sizes[:i] + sizes[i + 1 :]
+    while len(sizes) > TRIED:
+        sizes = without(min(range(len(sizes) - 1), key=lambda i: sizes[i + 1] / sizes[i]))
+    best = cost(sizes)
+    while len(sizes) > 1:
+        options = [without(i) for i in range(len(sizes) - 1)]
+        costs = [cost(option) for option in options]
+        if min(costs) > best:
+            break
+        best = min(costs)
+        sizes = options[costs.index(best)]
+    return sizes
+
+
+def _shares(
+    counts: Mapping[Shape, int], homes: Mapping[int, int], slots: int
+) -> tuple[dict[Shape, np.ndarray], dict[int, np.ndarray]]:
+    """(how many matrices of each shape every owner has, how many entries of each stack)."""
     cost = lambda shape: shape[0] ** 3 + shape[1] ** 3
     shares = {shape: np.full(slots, count // slots) for shape, count in counts.items()}
-    load, used = np.zeros(slots), collections.defaultdict[int, np.ndarray](lambda: np.zeros(slots, int))
+    load, used = np.zeros(slots), {D: np.zeros(slots, int) for D in homes.values()}
     for shape, share in shares.items():
         load += share * cost(shape)
         for d in shape:
-            used[d] += share
+            used[homes[d]] += share
     spread = np.argsort([int(f"{owner:016b}"[::-1], 2) for owner in range(slots)])  # far apart, also for fewer devices
     rank = np.argsort(spread)
     for shape in sorted(counts, key=cost, reverse=True):
         free = np.ones(slots, bool)
         for _ in range(counts[shape] % slots):
             longer = np.zeros(slots)
-            for d, more in collections.Counter(shape).items():
-                longer += d * d * np.maximum(used[d] + more - used[d].max(), 0)
+            for D, more in collections.Counter(homes[d] for d in shape).items():
+                longer += D * D * np.maximum(used[D] + more - used[D].max(), 0)
             owner = np.lexsort((rank, load, longer, ~free))[0]
             free[owner] = False
             shares[shape][owner] += 1
             load[owner] += cost(shape)
             for d in shape:
-                used[d][owner] += 1
-    return shares
+                used[homes[d]][owner] += 1
+    return shares, used
 
 
-def _stack(owners: Sequence[int], slots: int) -> Stack:
+def _stack(owners: Sequence[int], slots: int, D: int = 0, dims: tuple[int, ...] = ()) -> Stack:
     """Of entries with these owners."""
     room = max(collections.Counter(owners).values())
     seen = collections.Counter()
@@ -196,18 +264,41 @@ def _stack(owners: Sequence[int], slots: int) -> Stack:
     for owner in owners:
         at.append(owner * room + seen[owner])
         seen[owner] += 1
-    return Stack(room * slots, tuple(at))
+    return Stack(room * slots, tuple(at), D, dims)
 
 
-def slots_for(coverage: Coverage, scales: bool) -> int:
-    """The largest power of two for which padding is a small share, `PADDING` at most."""
-    best, slots = 1, 2
-    while slots <= MOST and slots <= sum(layer.copies for layer in matrices_of(coverage)):
-        total, pads = layout_of(coverage, slots).numbers(scales)
-        if pads <= PADDING * total:
-            best = slots
-        slots *= 2
-    return best
+def inside(X: jax.Array, d: int) -> jax.Array:
+    """What entries of size d have in the slots of a stack: (k, D, ..) to (k, d, ..)."""
+    return X[(slice(None), *[slice(n - d, None) for n in X.shape[1:]])]
+
+
+def slots_for(coverage: Coverage, scales: bool, mesh: Mapping[str, int] | None = None) -> int:
+    """A power of two up to `MOST`: how many owners a mesh, or, without one, any mesh is best served by.
+
+    On several devices, those of the fewest bytes on each, and the most of equal ones; else, the most of which padding
+    is a small share, `PADDING` at most.
+    """
+    devices = math.prod((mesh or {}).values())
+    most = min(MOST, max(devices, sum(layer.copies for layer in matrices_of(coverage))))
+    options = [2**k for k in range(most.bit_length())]
+    numbers = {slots: layout_of(coverage, slots).numbers(scales) for slots in options}
+    if mesh and devices > 1:
+        split = lambda slots: math.prod(mesh[axis] for axis in axes_for(mesh, slots))
+        return min(options, key=lambda slots: (numbers[slots][0] / split(slots), -slots))
+    return max(slots for slots in options if numbers[slots][1] <= PADDING * numbers[slots][0])
+
+
+def overview(layout: Layout, slots: int) -> str:
+    """A table of the stacks of factors: which sizes are in each, and what share of a copy of it is padding."""
+    rows = [("stack", "sizes", "factors", "slots", "bytes per owner", "padding")]
+    for size, (D, stack) in layout.factors:
+        sizes = ", ".join(f"{d} x {count}" for d, count in sorted(collections.Counter(stack.dims).items()))
+        padding = 1 - sum(d * d for d in stack.dims) / (D * D * stack.slots)
+        each = 4 * D * D * stack.slots // slots
+        rows.append((size, sizes, str(len(stack.at)), str(stack.slots), f"{each:,}", f"{padding:.1%}"))
+    total, pads = layout.numbers(scales=False)
+    rows.append(("all", "", "", "", f"{4 * total // slots:,}", f"{pads / total:.1%}"))
+    return table(rows, left=2)
 
 
 @jax.tree_util.register_dataclass
@@ -249,48 +340,32 @@ def blocks(coverage: Coverage, slots: int, found: Mapping[str, jax.Array]) -> Bl
 # -- the mesh ----------------------------------------------------------------------------------------------------------
 
 
-def axes_for(shape: Mapping[str, int], slots: int) -> tuple[str, ...]:
-    """The axes of a mesh over which stacks of so many owners are split: the most devices that divide them."""
-    names = [axis for axis, size in shape.items() if size > 1]
-    options = [o for r in range(len(names), 0, -1) for o in itertools.combinations(names, r)]
-    size = lambda option: math.prod(shape[axis] for axis in option)
-    return max((o for o in options if slots % size(o) == 0), key=size, default=())
+def from_parameters(X: jax.Array) -> jax.Array:
+    """A stack of gradients on its way to the owners.
+
+    On axes other than "data", which splits nothing but examples, parameters are split: then the compiler finds the
+    exchange of their pieces. On "data" alone every device has all of them, but the compiler would split them first.
+    """
+    return everywhere(X) if mesh_shape().keys() <= {"data"} else X
 
 
-def spec_for(axes: tuple[str, ...]) -> PartitionSpec:
-    """Of an array whose leading axis is split over these axes."""
-    return PartitionSpec(axes if len(axes) > 1 else axes[0]) if axes else PartitionSpec()
+def to_parameters(blocks: "Blocks") -> "Blocks":
+    """Blocks on their way back: split along another axis where parameters are, an eighth of the bytes on 8 devices."""
+    shape = mesh_shape()
+    devices, axes = math.prod(shape.values()), tuple(shape)
 
+    def leave(X):
+        axis = next((i for i in reversed(range(1, X.ndim)) if X.shape[i] % devices == 0), None)
+        if axis is None or shape.keys() <= {"data"}:
+            return everywhere(X)
+        return jax.lax.with_sharding_constraint(X, PartitionSpec(*[None] * axis, axes))
 
-def mesh_shape() -> dict[str, int]:
-    """Axes and sizes of the mesh that a program is traced for, if it is the compiler that splits arrays over it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
-        return {}
-    return {axis: size for axis, size in mesh.shape.items() if size > 1}
-
-
-def everywhere(tree: PyTree) -> PyTree:
-    """The same arrays, all of each on every device."""
-    return constrain(tree, ())
-
-
-def constrain(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
-    """The same arrays with the leading axis split over these axes."""
-    return jax.lax.with_sharding_constraint(tree, spec_for(axes)) if mesh_shape() else tree
+    return jax.tree.map(leave, blocks)
 
 
 def shared(tree: PyTree, slots: int) -> PyTree:
     """Stacks that every device has, each device's share."""
     return constrain(everywhere(tree), axes_for(mesh_shape(), slots))
-
-
-def split(function: Callable[..., PyTree], axes: tuple[str, ...]) -> Callable[..., PyTree]:
-    """The function, run by each device on its share of the leading axis of all arguments and results."""
-    if not axes:
-        return function
-    spec = spec_for(axes)
-    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def spread(
@@ -309,10 +384,11 @@ def spread(
     """
     shape = mesh_shape()
     axes, layout = axes_for(shape, slots), layout_of(coverage, slots)
+    sizes = tuple(D for _, (D, _) in layout.factors)
     real = lambda layout, stacks: {size: (arrays, layout.due(size, due)) for size, (arrays, due) in stacks.items()}
     if axes or not shape:
         return split(function, axes)(real(layout, stacks))
-    other = layout_of(coverage, math.prod(shape.values()))
+    other = layout_of(coverage, math.prod(shape.values()), sizes)
     move = lambda size, a, b, tree: jax.tree.map(lambda X: b.stack(size).place([a.stack(size).take(X)]), tree)
     moved = {size: move(size, layout, other, tree) for size, tree in stacks.items()}
     found = split(function, tuple(shape))(real(other, everywhere(moved)))
@@ -361,18 +437,20 @@ def by_shape(
             rows.append((size, home.slots == stack.slots and at == list(stack.at), local))
         index[name] = [(size, None if whole else jnp.asarray(local)) for size, whole, local in rows]
         given = [
-            extra.stacks[name] if isinstance(extra, Blocks) else everywhere(stack.place([extra[m] for m in members]))
+            extra.stacks[name]
+            if isinstance(extra, Blocks)
+            else from_parameters(stack.place([extra[m] for m in members]))
             for extra in extras
         ]
         inputs[name] = given
     sizes = {name: [size for size, _ in pair] for name, pair in index.items()}
     rows = {name: [row for _, row in pair] for name, pair in index.items()}
+    dims = {name: [int(d) for d in name.split("x")] for name in index}
 
     def local(stacks, rows, inputs):
-        pick = lambda X, row: X if row is None else X[row]
-        parts = lambda name: [
-            pick(X[size], row) for X in stacks for size, row in zip(sizes[name], rows[name], strict=True)
-        ]
+        pick = lambda X, row, d: inside(X if row is None else X[row], d)
+        where = lambda name: zip(sizes[name], rows[name], dims[name], strict=True)
+        parts = lambda name: [pick(X[size], row, d) for X in stacks for size, row, d in where(name)]
         return {name: function(*parts(name), *given) for name, given in inputs.items()}
 
     return Blocks(split(local, axes)(list(stacks), rows, inputs), coverage, slots)

@@ -12,8 +12,9 @@ P = E[g g^T]^(-1/2): the gradient is whitened, and v is integrated out wherever 
 | v, h | probe and observation: pytrees like the parameters, with k probes as the leading axis |
 | Q, P | Q is what is stored; P multiplies gradients |
 | T1, T2, E | the two sides of the stationarity condition of one factor, E = T1 - T2 |
-| mu | rate of the fit, a normalised step in (0, 1] |
+| mu | rate of the fit, a normalised step in (0, 1]; above 0.99 it counts as 0.99 |
 | L, l, beta | running bound of a factor's curvature, L = max(beta L + (1 - beta) l, l), l = a bound of T1 + T2 |
+| sigma | mu / L, or, in the orders of the original code, without memory: "2nd" mu / l, "1st" mu / (size of the step) |
 """
 
 import abc
@@ -31,6 +32,11 @@ from curvtrain import _checks
 from curvtrain.curvature import trees
 
 PyTree = Any
+
+ORDERS = ("bounded", "2nd", "1st")
+PRECISIONS = ("default", "high", "highest", "float32", "tensorfloat32", "bfloat16")
+TINY = float(jnp.finfo(jnp.float32).tiny)
+_LONGEST = 0.99  # a step of 1 may take a factor to zero, from where none comes back
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +162,6 @@ class Preconditioner(abc.ABC):
         return treedef.unflatten([damped(h, seed) for h, seed in zip(leaves, seeds, strict=True)])
 
 
-PRECISIONS = ("default", "high", "highest", "float32", "tensorfloat32", "bfloat16")
-
-
 def signs(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """+1 or -1 for every entry, from a hash of its indices and a uint32 seed.
 
@@ -175,7 +178,12 @@ def signs(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def running_bound(L: jax.Array, present: jax.Array, decay: float) -> jax.Array:
     """L = max(beta L + (1 - beta) l, l), and never zero."""
-    return jnp.maximum(jnp.maximum(decay * L + (1.0 - decay) * present, present), jnp.finfo(jnp.float32).tiny)
+    return jnp.maximum(jnp.maximum(decay * L + (1.0 - decay) * present, present), TINY)
+
+
+def step_length(rate: jax.Array, size: jax.Array) -> jax.Array:
+    """sigma = mu / size, where mu is at most 0.99 and the size never zero."""
+    return jnp.minimum(rate, _LONGEST) / jnp.maximum(size, TINY)
 
 
 def initial_scale(
@@ -186,11 +194,11 @@ def initial_scale(
 
     `entries`: how many there are to the mean, if some of h is padding.
     """
+    axes = tuple(range(h.ndim)) if axes is None else axes
     if v is None:
-        axes = tuple(range(h.ndim)) if axes is None else axes
         entries = math.prod(h.shape[axis] for axis in axes) if entries is None else entries
         scale = (jnp.sum(jnp.square(jnp.square(h / _largest(h, axes))), axis=axes) / entries) ** -0.25
-        scale = scale / jnp.squeeze(_largest(h, axes), axis=axes if axes is not None else tuple(range(h.ndim)))
+        scale = scale / jnp.squeeze(_largest(h, axes), axis=axes)
     else:
         scale = jnp.sqrt(jnp.sum(jnp.square(v), axis=axes) / jnp.sum(jnp.square(h), axis=axes))
     return jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1.0)
@@ -198,7 +206,7 @@ def initial_scale(
 
 def _largest(h: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     """max |h|, which keeps a fourth power from overflow."""
-    return jnp.maximum(jnp.max(jnp.abs(h), axis=axes, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    return jnp.maximum(jnp.max(jnp.abs(h), axis=axes, keepdims=True), TINY)
 
 
 def initial_scale_of_all(v: PyTree | None, h: PyTree) -> jax.Array:

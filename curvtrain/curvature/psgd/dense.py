@@ -15,6 +15,7 @@ from jax.scipy.linalg import solve_triangular
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
+from curvtrain.curvature.mesh import axes_for, spec_for
 from curvtrain.curvature.psgd.base import Preconditioner, accept, choose, initial_scale
 from curvtrain.curvature.psgd.geometry import GEOMETRIES, step_dense
 
@@ -88,7 +89,7 @@ class Dense(Preconditioner):
             return structure.unravel(jnp.linalg.solve(Q, jnp.linalg.solve(Q.T, x)))
 
     def partition_specs(self, structure, state, param_specs, mesh):
-        rows = PartitionSpec(tuple(mesh.axis_names)) if len(state["Q"]) % mesh.size == 0 else PartitionSpec()
+        rows = spec_for(axes_for(mesh.shape, len(state["Q"])))
         return {"Q": rows, "L": PartitionSpec(), "seen": PartitionSpec()}
 
     def blocks(self, structure):

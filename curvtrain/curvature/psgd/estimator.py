@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
+from curvtrain._text import table
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature, CurvatureEstimator
 from curvtrain.curvature.capture import cover
@@ -92,7 +93,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         to in noise is proportional to it: so 0.5 at first, 0.1 from 1,600 fits on.
       probes: products per fit, for "hessian" and "ggn".
       momentum: decay of a moving average of gradients which is whitened in their place, for "gradient".
-      update_probability: the share of calls of `update` that fit, or a function of the calls so far (`annealed()`). The
+      update_probability: the share of calls of `update` that fit, or a function of the calls so far (`Annealed()`). The
         decision is made in the compiled step; a `CurvatureSchedule(update_every=...)` makes it on the host, and a step
         without a fit then pays nothing for it.
       rule: "deterministic" (as soon as 1 / probability calls have passed) or "bernoulli" (by chance).
@@ -116,17 +117,11 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
     memory_limit: int | None = None
 
     def __post_init__(self):
-        if isinstance(self.preconditioner, Diagonal) and not jax.tree.leaves(self.preconditioner.values):
-            object.__setattr__(self, "preconditioner", Elementwise())
-        if not isinstance(self.preconditioner, Preconditioner):
-            raise TypeError(
-                f"PSGD(preconditioner) should be Kron(), LowRank(), XMat(), Affine(), Dense() or Diagonal(), not "
-                f"{self.preconditioner!r}."
-            )
+        object.__setattr__(self, "preconditioner", self.family)
         _checks.one_of("PSGD(fit)", self.fit, FITS)
         if not callable(self.rate):
             _checks.number_in("PSGD(rate)", self.rate, 0.0, 1.0, open_low=True)
-            if getattr(self.preconditioner, "dtype", "float32") == "bfloat16" and self.rate < 0.1:
+            if isinstance(self.family, Kron) and self.family.dtype == "bfloat16" and self.rate < 0.1:
                 raise ValueError(
                     f"PSGD(rate={self.rate}) makes steps below the resolution of factors in bfloat16. Use a rate of at "
                     f"least 0.1, or dtype='float32'."
@@ -148,9 +143,15 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
 
     @property
     def family(self) -> Preconditioner:
-        """The preconditioner, of which `Diagonal()` is another name of one."""
-        assert isinstance(self.preconditioner, Preconditioner)
-        return self.preconditioner
+        """The preconditioner; `Diagonal()` names one."""
+        if isinstance(self.preconditioner, Preconditioner):
+            return self.preconditioner
+        if isinstance(self.preconditioner, Diagonal) and not jax.tree.leaves(self.preconditioner.values):
+            return Elementwise()
+        raise TypeError(
+            f"PSGD(preconditioner) should be Kron(), LowRank(), XMat(), Affine(), Dense() or Diagonal(), not "
+            f"{self.preconditioner!r}."
+        )
 
     def structure(self, objective: Objective | None, params: PyTree) -> Structure:
         """Shapes of the parameters, and which of their axes count the layers of an `nnx.scan`."""
@@ -190,7 +191,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
 
         def fit(state):
             if observed is None:
-                v = _probes(jax.random.fold_in(noise, 1), params, self.probes)
+                v = trees.normal(jax.random.fold_in(noise, 1), params, self.probes)
                 h = jax.vmap(matvec(self.fit, objective, params, batch, key))(v)
             else:
                 v, h = None, jax.tree.map(lambda a: a[None], observed)
@@ -228,10 +229,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         rows = self.family.blocks(self.structure(objective, params))
         lines = [("parameters", "preconditioner", "bytes"), *((names, what, f"{n:,}") for names, what, n in rows)]
         lines.append(("total", "", f"{sum(n for *_, n in rows):,}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(3)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
-        )
+        return table(lines, left=2)
 
     def _check_memory(self, structure: Structure) -> None:
         rows = self.family.blocks(structure)
@@ -255,10 +253,3 @@ def device_memory() -> int | None:
     if device.platform == "cpu" and hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return None
-
-
-def _probes(key: jax.Array, params: PyTree, number: int) -> PyTree:
-    """Standard normal vectors like the parameters, (number, *shape)."""
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([jax.random.normal(k, (number, *p.shape)) for k, p in zip(keys, leaves, strict=True)])

@@ -10,21 +10,15 @@ Symbols as in `base.py`. All functions take stacks, (..., d, d) or (..., d), and
 | QEQ | Q - sigma Q E | q (1 - sigma E) | invertible |
 | QEP | Q - sigma E Q | q (1 - sigma E) | invertible |
 
-sigma = mu / L. Only EQ solves with Q; the others are made of matrix products. In the order "2nd" of the original code
-sigma = mu / l, without memory, and in "1st" it is mu over the size of the direction: E, of EQ triu(E).
+Only EQ solves with Q; the others are made of matrix products. What "1st" takes the size of is E, of EQ triu(E).
 """
 
 import jax
 import jax.numpy as jnp
 
-from curvtrain.curvature.psgd.base import running_bound
-
-_TINY = float(jnp.finfo(jnp.float32).tiny)
-
-_LONGEST = 0.99  # a step of 1 may take a factor to zero, from where none comes back
+from curvtrain.curvature.psgd.base import TINY, running_bound, step_length
 
 GEOMETRIES = ("PRO", "QUAD", "EQ", "QEQ", "QEP")
-ORDERS = ("bounded", "2nd", "1st")
 
 
 def step_dense(
@@ -42,8 +36,7 @@ def step_dense(
     L, E = running_bound(L, present, decay), T1 - T2
     if order == "1st":
         present = direction_bound(jnp.triu(E) if geometry == "EQ" else E)
-    size = L if order == "bounded" else jnp.maximum(present, _TINY)
-    E = (jnp.minimum(rate, _LONGEST) / size)[..., None, None] * E  # with sigma
+    E = step_length(rate, L if order == "bounded" else present)[..., None, None] * E  # with sigma
     if geometry == "EQ":
         Q = Q - jnp.triu(E) @ Q
     elif geometry == "QEP":
@@ -75,8 +68,7 @@ def step_diagonal(
     L, E = running_bound(L, present, decay), T1 - T2
     if order == "1st":
         present = jnp.max(jnp.abs(E), axis=axes)
-    size = L if order == "bounded" else jnp.maximum(present, _TINY)
-    E = jnp.minimum(rate, _LONGEST) / jnp.expand_dims(size, axes) * E
+    E = jnp.expand_dims(step_length(rate, L if order == "bounded" else present), axes) * E
     return q * (jnp.square(1.0 - 0.5 * E) if geometry == "QUAD" else 1.0 - E), L
 
 
@@ -90,7 +82,7 @@ def procrustes(Q: jax.Array) -> jax.Array:
     R = _t(Q) - Q
     M = R @ Q
     t1, t2 = jnp.trace(M, axis1=-2, axis2=-1), jnp.sum(_t(R) * M, axis=(-2, -1))  # tr(R Q), tr(R^2 Q)
-    longest = 0.125 / jnp.maximum(jnp.sqrt(0.5 * jnp.sum(jnp.square(R), axis=(-2, -1))), _TINY)
+    longest = 0.125 / jnp.maximum(jnp.sqrt(0.5 * jnp.sum(jnp.square(R), axis=(-2, -1))), TINY)
     a = jnp.where(t2 < 0, jnp.minimum(-t1 / jnp.where(t2 < 0, t2, -1.0), longest), longest)[..., None, None]
     return Q + a * (M + 0.5 * a * (R @ M))
 
@@ -106,14 +98,14 @@ def spectral_bound(A: jax.Array) -> jax.Array:
     row = jnp.argmax(diagonal, axis=-1)
     x = jnp.take_along_axis(A, row[..., None, None], axis=-2)[..., 0, :]
     for _ in range(3):
-        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), _TINY)
+        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), TINY)
         x = jnp.einsum("...ab,...b->...a", A, x)
     return jnp.maximum(jnp.linalg.norm(x, axis=-1), scale)
 
 
 def direction_bound(A: jax.Array) -> jax.Array:
     """`spectral_bound` of any A, by way of A^T A."""
-    scale = jnp.maximum(jnp.max(jnp.abs(A), axis=(-2, -1), keepdims=True), _TINY)
+    scale = jnp.maximum(jnp.max(jnp.abs(A), axis=(-2, -1), keepdims=True), TINY)
     A = A / scale
     return scale[..., 0, 0] * jnp.sqrt(spectral_bound(_t(A) @ A))
 

@@ -14,7 +14,6 @@ Li (2018), arXiv 1809.10232, in the newer geometries of `geometry.py`. Symbols a
 """
 
 import dataclasses
-import itertools
 import math
 from typing import Any
 
@@ -24,8 +23,9 @@ from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
 from curvtrain.curvature import stacks
-from curvtrain.curvature.psgd.base import Preconditioner, Structure, initial_scale
-from curvtrain.curvature.psgd.geometry import GEOMETRIES, ORDERS, step_dense, step_diagonal, triangular_inverse
+from curvtrain.curvature.mesh import spread_spec
+from curvtrain.curvature.psgd.base import ORDERS, Preconditioner, Structure, accept, choose, initial_scale
+from curvtrain.curvature.psgd.geometry import GEOMETRIES, step_dense, step_diagonal, triangular_inverse
 from curvtrain.curvature.psgd.layout import Bucket, Member, Side, any_order, block_for, consecutive
 
 PyTree = Any
@@ -151,24 +151,18 @@ class Kron(Preconditioner):
         return new, failures
 
     def _fit(self, bucket: Bucket, state, V, H, key, rate):
-        axes = (0, *range(2, H.ndim))
-        finite = jnp.all(jnp.isfinite(H), axis=axes)
-        usable = finite & jnp.any(H != 0, axis=axes)
-        H = jnp.where(_along(usable, H.ndim, 1), H, 0.0)
         Q, P, old_L = (_listed(bucket, state[name]) for name in ("Q", "P", "L"))
         if self.initial_scale is None:
-            first = usable & ~state["seen"]
+            axes = (0, *range(2, H.ndim))
+            first = jnp.any(H != 0, axis=axes) & ~state["seen"]
 
             def start(Q, P):
                 each = initial_scale(V, H, axes, len(H) * bucket.entries) ** (1.0 / _factors(bucket))
                 return [_start_where(first, jnp.sqrt(each), q) for q in Q], [_start_where(first, each, p) for p in P]
 
             Q, P = jax.lax.cond(jnp.any(first), start, lambda Q, P: (Q, P), Q, P)
-        H = self.noisy(key, H)
-        if bucket.sides and any(side.mask() is not None for side in bucket.sides):
-            H = _masked(bucket, H)  # no noise where there is nothing
-
-        T = self._conditions(bucket, Q, P, V, H)
+        noisy = _masked(bucket, self.noisy(key, H))  # no noise where there is nothing
+        T = self._conditions(bucket, Q, P, V, noisy)
         L: Factors = [None] * len(Q)
         for i, (side, q, pair) in enumerate(zip(bucket.sides, Q, T, strict=True)):
             if q is not None and pair is not None:
@@ -181,12 +175,10 @@ class Kron(Preconditioner):
             for side, q in zip(bucket.sides, Q, strict=True)
         ]
         filed = lambda factors: {str(i): a for i, a in enumerate(factors) if a is not None}
-        new = {"Q": filed(Q), "P": filed(P), "L": filed(L), "seen": jnp.ones_like(usable)}
-        fine = [jnp.all(jnp.isfinite(a), axis=tuple(range(1, a.ndim))) for a in jax.tree.leaves((new["Q"], new["L"]))]
-        whole = jnp.all(jnp.stack(fine), axis=0)
-        keep = usable & whole
-        pick = lambda a, old: jnp.where(_along(keep, a.ndim, 0), a.astype(old.dtype), old)
-        return jax.tree.map(pick, new, state), jnp.sum(~(finite & whole), dtype=jnp.int32)
+        new = {"Q": filed(Q), "P": filed(P), "L": filed(L), "seen": jnp.ones_like(state["seen"])}
+        new = jax.tree.map(lambda a, old: a.astype(old.dtype), new, state)
+        accepted, failed = accept(H, new, lead=1)
+        return choose(accepted, new, state), jnp.sum(failed, dtype=jnp.int32)
 
     def _conditions(self, bucket: Bucket, Q: Factors, P: Factors, V, H) -> list[tuple[jax.Array, jax.Array] | None]:
         """(T1, T2) for every side that has a factor."""
@@ -295,7 +287,7 @@ def _conditions_with_inverses(bucket: Bucket, Q: Factors, V, H) -> list[tuple[ja
             continue
         if B is None:
             others = math.prod((norms[j] for j in range(len(sides)) if j != i), start=jnp.ones(bucket.count))
-            T2 = _along(others, x.ndim, 0) * _whole(side, _outer(side, x))
+            T2 = _along(others, x.ndim) * _whole(side, _outer(side, x))
         else:
             T2 = _contract(side, i, B)
         found.append((_contract(side, i, A), T2))
@@ -423,7 +415,7 @@ def _start_where(first: jax.Array, scale: jax.Array, factor: jax.Array | None) -
     if factor is None:
         return None
     unit = jnp.eye(factor.shape[-1]) if factor.ndim == 4 else jnp.float32(1)
-    return jnp.where(_along(first, factor.ndim, 0), _along(scale, factor.ndim, 0) * unit, factor)
+    return jnp.where(_along(first, factor.ndim), _along(scale, factor.ndim) * unit, factor)
 
 
 def _balance(bucket: Bucket, Q: Factors) -> Factors:
@@ -437,16 +429,16 @@ def _balance(bucket: Bucket, Q: Factors) -> Factors:
             largest.append(jnp.maximum(jnp.max(jnp.abs(inside), axis=tuple(range(1, q.ndim))), 1e-30))
     logs = jnp.log(jnp.stack(largest))
     factor = iter(jnp.exp(jnp.mean(logs, axis=0) - logs))
-    return [None if q is None else q * _along(next(factor), q.ndim, 0) for q in Q]
+    return [None if q is None else q * _along(next(factor), q.ndim) for q in Q]
 
 
 def _factors(bucket: Bucket) -> int:
     return sum(side.kind != "none" for side in bucket.sides)
 
 
-def _along(x: jax.Array, ndim: int, axis: int) -> jax.Array:
-    """x (L,) as an array of `ndim` axes that runs along one of them."""
-    return x.reshape(*(-1 if j == axis else 1 for j in range(ndim)))
+def _along(x: jax.Array, ndim: int) -> jax.Array:
+    """x (L,) as an array of `ndim` axes that runs along the first of them."""
+    return x.reshape(-1, *(1,) * (ndim - 1))
 
 
 # -- sharding ----------------------------------------------------------------------------------------------------------
@@ -481,13 +473,4 @@ def factor_spec(side: Side, leaf: Any, axis: Any, mesh: jax.sharding.Mesh) -> Pa
     names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     if names and leaf.ndim > 1 and leaf.shape[1] % size(names) == 0 and (side.kind != "dense" or side.count > 1):
         return PartitionSpec(None, axis)
-    everything = tuple(mesh.axis_names)
-    options = sorted(
-        (names for r in range(1, len(everything) + 1) for names in itertools.combinations(everything, r)),
-        key=lambda names: -size(names),
-    )
-    for position in range(min(leaf.ndim, 3)):
-        for names in options:
-            if size(names) > 1 and leaf.shape[position] % size(names) == 0:
-                return PartitionSpec(*[None] * position, names if len(names) > 1 else names[0])
-    return PartitionSpec()
+    return spread_spec(mesh.shape, leaf.shape[:3], smallest=0)

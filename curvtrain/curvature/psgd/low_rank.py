@@ -24,14 +24,22 @@ from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
 from curvtrain.curvature import trees
-from curvtrain.curvature.psgd.base import Preconditioner, Structure, accept, choose, initial_scale_of_all, running_bound
+from curvtrain.curvature.psgd.base import (
+    ORDERS,
+    TINY,
+    Preconditioner,
+    Structure,
+    accept,
+    choose,
+    initial_scale_of_all,
+    running_bound,
+    step_length,
+)
 
 PyTree = Any
 
-ORDERS = ("bounded", "2nd", "1st")
 _SIZE = 0.1  # |U|^2 = |V|^2 at the start
 _RESCALES = 0.01  # probability of a rescaling in the old orders
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,15 +90,10 @@ class LowRank(Preconditioner):
         return state
 
     def _basis(self, key: jax.Array, structure: Structure) -> PyTree:
-        leaves = [
-            jax.random.normal(jax.random.fold_in(key, i), (self.rank, *shape))
-            for i, shape in enumerate(structure.shapes)
-        ]
+        V = trees.normal(key, structure.like(), self.rank)
         if self.order == "bounded":
-            factor = math.sqrt(_SIZE) / trees.norm(leaves)
-        else:
-            factor = 1.0 / math.sqrt(structure.size * (self.rank + 10))
-        return structure.treedef.unflatten(trees.scale(factor, leaves))
+            return trees.scale(math.sqrt(_SIZE) / trees.norm(V), V)
+        return trees.scale(1.0 / math.sqrt(structure.size * (self.rank + 10)), V)
 
     # -- fit -----------------------------------------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ class LowRank(Preconditioner):
         if self.initial_scale is None:
             scale = jnp.where(state["seen"], 1.0, jnp.sqrt(initial_scale_of_all(v, h)))
             new["d"] = trees.scale(scale, state["d"])
-        v = _normal(keys[0], h) if v is None else v
+        v = trees.normal(keys[0], h) if v is None else v
         h = self.noisy(keys[1], h)
         with jax.default_matmul_precision(self.precision):
             if self.rank:
@@ -122,13 +125,14 @@ class LowRank(Preconditioner):
         present = _largest(t1) + _largest(t2)
         L = state["L"].at[0].set(running_bound(state["L"][0], present, self.lipschitz_decay))
         if self.order == "bounded":
-            step = rate / L[0]
+            size = L[0]
         elif self.order == "2nd":  # |t1 - t2|^2 <= mean(y^2 + v^2) mean(h^2 + w^2)
             sides = lambda x, y: mean(jnp.square(x) + jnp.square(y))
             product = jax.tree.map(lambda y, v, h, w: jnp.sqrt(sides(y, v)) * jnp.sqrt(sides(h, w)), y, v, h, w)
-            step = rate / _largest(product)
+            size = _largest(product)
         else:
-            step = rate / _largest(trees.subtract(t1, t2))
+            size = _largest(trees.subtract(t1, t2))
+        step = step_length(rate, size)
         new = state | {
             "d": jax.tree.map(lambda d, t1, t2: d - step * d * (t1 - t2), d, t1, t2),
             "seen": jnp.bool_(True),
@@ -138,15 +142,15 @@ class LowRank(Preconditioner):
 
         def step_U():
             U, V = state["U"], state["V"]
-            Y, length, l = self._pull(V, a, b, L[1])
+            Y, size, l = self._pull(V, a, b, L[1])
             K = jnp.eye(self.rank) + _inner(V, U)
-            return _minus(U, rate / length, _mix(K.T, Y)), V, L.at[1].set(l)  # dU = (a a^T - b b^T) V K
+            return _minus(U, step_length(rate, size), _mix(K.T, Y)), V, L.at[1].set(l)  # dU = (a a^T - b b^T) V K
 
         def step_V():
             U, V = state["U"], state["V"]
-            Y, length, l = self._pull(U, a, b, L[2])
+            Y, size, l = self._pull(U, a, b, L[2])
             direction = trees.add(Y, _mix(_inner(Y, U), V))  # dV = (I + V U^T) (a a^T - b b^T) U
-            return U, _minus(V, rate / length, direction), L.at[2].set(l)
+            return U, _minus(V, step_length(rate, size), direction), L.at[2].set(l)
 
         U, V, L = jax.lax.cond(choice, step_U, step_V)
         return new | {"U": U, "V": V, "L": L}
@@ -164,7 +168,7 @@ class LowRank(Preconditioner):
             return Y, bound, bound
         if self.order == "1st":
             present = jnp.sqrt(jnp.maximum(jnp.sum(_inner(Y, Y) * XX), 0.0))  # |(a a^T - b b^T) X X^T|
-        return Y, jnp.maximum(present, _TINY), bound
+        return Y, present, bound
 
     def _balanced(self, key: jax.Array, U: PyTree, V: PyTree) -> tuple[PyTree, PyTree]:
         """U and V of equal norms, and the same U V^T. "bounded": of more equal U^T U and V^T V too."""
@@ -176,7 +180,7 @@ class LowRank(Preconditioner):
             ratio = jnp.where(jax.random.bernoulli(key, _RESCALES), ratio, 1.0)
             return trees.scale(1.0 / ratio, U), trees.scale(ratio, V)
         UU, VV = UU / ratio**2, VV * ratio**2
-        S = jnp.where(both, 0.1 / jnp.maximum(jnp.trace(UU) + jnp.trace(VV), _TINY), 0.0) * (UU - VV)
+        S = jnp.where(both, 0.1 / jnp.maximum(jnp.trace(UU) + jnp.trace(VV), TINY), 0.0) * (UU - VV)
         even = jnp.eye(self.rank) + 0.5 * S @ S  # exp(-S) and exp(S) to second order
         return _mix((even - S) / ratio, U), _mix((even + S) * ratio, V)
 
@@ -243,13 +247,8 @@ def _mix(C: jax.Array, X: PyTree) -> PyTree:
 
 
 def _largest(x: PyTree) -> jax.Array:
-    """max |x|, but not zero."""
-    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(a), initial=_TINY) for a in jax.tree.leaves(x)])
-
-
-def _normal(key: jax.Array, h: PyTree) -> PyTree:
-    leaves, treedef = jax.tree.flatten(h)
-    return treedef.unflatten([jax.random.normal(jax.random.fold_in(key, i), a.shape) for i, a in enumerate(leaves)])
+    """max |x|."""
+    return functools.reduce(jnp.maximum, [jnp.max(jnp.abs(a), initial=0.0) for a in jax.tree.leaves(x)])
 
 
 def _minus(X: PyTree, step: jax.Array, Y: PyTree) -> PyTree:

@@ -19,13 +19,20 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
-from curvtrain.curvature.psgd.base import Preconditioner, Structure, accept, choose, initial_scale, running_bound
+from curvtrain.curvature.psgd.base import (
+    ORDERS,
+    Preconditioner,
+    Structure,
+    accept,
+    choose,
+    initial_scale,
+    running_bound,
+    step_length,
+)
 
 PyTree = Any
 
 PAIRINGS = ("leaf", "flat")
-ORDERS = ("2nd", "bounded", "1st")
-_TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +111,10 @@ class XMat(Preconditioner):
         if self.order == "bounded":
             size = L
         elif self.order == "2nd":
-            size = jnp.maximum(present, _TINY)
+            size = present
         else:
-            size = jnp.maximum(jnp.maximum(largest(jnp.abs(gA)), largest(jnp.abs(gB))), _TINY)
-        step = rate / size
+            size = jnp.maximum(largest(jnp.abs(gA)), largest(jnp.abs(gB)))
+        step = step_length(rate, size)
         return {
             "a": a - step * (gA * a + gB * b_),
             "b": b - step * (gA * b + gB * a_),

@@ -1,0 +1,86 @@
+"""The diagonal of the Fisher."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from curvtrain.curvature import trees
+from curvtrain.curvature.base import Curvature
+from curvtrain.curvature.capture.statistics import DiagonalStatistic
+from curvtrain.curvature.fisher.base import LayerEstimator, stacked
+from curvtrain.objective import safe
+
+PyTree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Diagonal(Curvature):
+    """C = diag(values). Without values, the name of PSGD's diagonal family: `PSGD(Diagonal())`.
+
+    Attributes:
+      values: float32, like the parameters.
+      weight: float32 (): what the moving average has seen, a sum of powers of the decay; 0 before the first update.
+      skipped: int32 (): updates with statistics that were not finite, or of no example; nothing was absorbed.
+    """
+
+    values: PyTree = ()
+    weight: jax.Array = dataclasses.field(default_factory=lambda: jnp.float32(0))
+    skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """C v."""
+        return jax.tree.map(jnp.multiply, self.values, trees.float32(vector))
+
+    def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
+        """(C + damping I)^-1 v."""
+        return jax.tree.map(lambda d, v: v / (d + damping), self.values, trees.float32(vector))
+
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+        """(C + damping I)^exponent v."""
+        if exponent == -1.0:
+            return self.solve(vector, damping)
+        return jax.tree.map(lambda d, v: (d + damping) ** exponent * v, self.values, trees.float32(vector))
+
+    def as_matrix(self) -> jax.Array:
+        return jnp.diag(ravel_pytree(self.values)[0])
+
+    def telemetry(self) -> dict[str, jax.Array]:
+        """Largest and mean entry, and skipped updates."""
+        leaves = jax.tree.leaves(self.values)
+        largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
+        return {
+            "diagonal_max": largest,
+            "diagonal_mean": jnp.sum(jnp.stack([jnp.sum(leaf) for leaf in leaves])) / trees.size(self.values),
+            "skipped": self.skipped,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagonalFisher(LayerEstimator[Diagonal]):
+    """The diagonal of the Fisher: sums of squares of per-example gradients. Options as for `LayerEstimator`.
+
+    Where a layer has one position per example they are never formed; elsewhere, a few at a time.
+
+    For sequence outputs, "exact" treats every position as an example; "sampled" agrees with it in expectation.
+    """
+
+    uncovered: str = dataclasses.field(default="diagonal", kw_only=True)  # which is exact, as all of it is
+
+    def init(self, objective, params) -> Diagonal:
+        self.coverage(objective, params)
+        return Diagonal(trees.zeros(params))
+
+    def update(self, curvature: Diagonal, objective, params, batch, key) -> Diagonal:
+        coverage = self.coverage(objective, params)
+        found, W = self.collect(DiagonalStatistic(), coverage, objective, params, batch, key)
+        D = coverage.vector(
+            {layer.name: stacked(found[layer.name]["D2"], layer) / safe(W) for layer in coverage.layers}
+        )
+        return self.absorb(curvature, "values", D, W)
+
+    def partition_specs(self, curvature, param_specs, mesh):
+        return dataclasses.replace(super().partition_specs(curvature, param_specs, mesh), values=param_specs)

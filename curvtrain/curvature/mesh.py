@@ -1,0 +1,63 @@
+"""How curvature lies on a mesh: the axes over which an array can be split, and work that each device does on its share.
+
+The mesh is that of `jax.set_mesh` while a program is traced; without one, or on one device, all of this does nothing.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+PyTree = Any
+
+SMALLEST = 1024  # numbers; an array with fewer is not split: gathering it costs more than it saves
+
+
+def axes_for(shape: Mapping[str, int], count: int) -> tuple[str, ...]:
+    """The axes of a mesh over which so many things are split evenly: those of the most devices."""
+    names = [axis for axis, size in shape.items() if size > 1]
+    options = [o for r in range(len(names), 0, -1) for o in itertools.combinations(names, r)]
+    size = lambda option: math.prod(shape[axis] for axis in option)
+    return max((o for o in options if count % size(o) == 0), key=size, default=())
+
+
+def spec_for(axes: tuple[str, ...], position: int = 0) -> PartitionSpec:
+    """Of an array one of whose axes is split over these axes of the mesh."""
+    return PartitionSpec(*[None] * position, axes if len(axes) > 1 else axes[0]) if axes else PartitionSpec()
+
+
+def spread_spec(mesh: Mapping[str, int], shape: Sequence[int], smallest: int | None = None) -> PartitionSpec:
+    """Of an array that is nobody's copy: split along the first of its axes that a part of the mesh divides."""
+    if math.prod(shape) < (SMALLEST if smallest is None else smallest):
+        return PartitionSpec()
+    options = ((axes_for(mesh, length), position) for position, length in enumerate(shape))
+    return next((spec_for(axes, position) for axes, position in options if axes), PartitionSpec())
+
+
+def mesh_shape() -> dict[str, int]:
+    """Axes and sizes of the mesh that a program is traced for, if it is the compiler that splits arrays over it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or any(kind != AxisType.Auto for kind in mesh.axis_types):
+        return {}
+    return {axis: size for axis, size in mesh.shape.items() if size > 1}
+
+
+def everywhere(tree: PyTree) -> PyTree:
+    """The same arrays, all of each on every device."""
+    return constrain(tree, ())
+
+
+def constrain(tree: PyTree, axes: tuple[str, ...]) -> PyTree:
+    """The same arrays with the leading axis split over these axes."""
+    return jax.lax.with_sharding_constraint(tree, spec_for(axes)) if mesh_shape() else tree
+
+
+def split(function: Callable[..., PyTree], axes: tuple[str, ...]) -> Callable[..., PyTree]:
+    """The function, run by each device on its share of the leading axis of all arguments and results."""
+    if not axes:
+        return function
+    spec = spec_for(axes)
+    return jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False)
