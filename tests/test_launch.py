@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,45 @@ def test_a_single_process_starts_nothing():
     distributed.start()
     distributed.start()
     assert not distributed.preempted() and distributed.gather({"a": 1}) == [{"a": 1}]
+
+
+def several(monkeypatch, index, others):
+    """As if this were one of several processes, of which the others gather these values."""
+    import jax
+
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    values = iter(others)
+    monkeypatch.setattr(
+        distributed, "gather", lambda own: (lambda all: [*all[:index], own, *all[index:]])(next(values))
+    )
+    monkeypatch.setattr(jax, "process_count", lambda: len(others[0]) + 1)
+
+
+def test_what_differs_is_named(monkeypatch):
+    several(monkeypatch, 1, [[{"a": 1, "b": [2]}, {"a": 1, "b": [2], "c": None}]])
+    with pytest.raises(ValueError, match=r"these differ:\n  b: \[2\] on process 0, \[3\] on process 1\nWhat"):
+        distributed.check_same({"a": 1, "b": [3]})
+
+
+def test_a_problem_of_one_is_that_of_all(monkeypatch):
+    several(monkeypatch, 0, [["full"], [None]])
+    assert distributed.first_problem(None) == "full (on process 1 of 2)" and distributed.first_problem(None) is None
+
+
+def test_what_process_0_alone_does(monkeypatch):
+    several(monkeypatch, 1, [[[[1, 2], None]], [[None, "No space left"]]])
+    assert distributed.from_first(lambda: pytest.fail("not here")) == [1, 2]
+    with pytest.raises(OSError, match="No space left"):
+        distributed.from_first(lambda: pytest.fail("not here"))
+
+
+def test_unequal_numbers_of_devices(monkeypatch):
+    import jax
+
+    devices = [types.SimpleNamespace(process_index=index) for index in (0, 0, 1)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(ValueError, match=r"the same number of devices, and they have \{0: 2, 1: 1\}, by process"):
+        distributed._check_devices()
 
 
 def test_devices_that_were_used_before(monkeypatch):

@@ -10,11 +10,17 @@ The first that is there counts. JAX reads the rest itself: the coordinator's add
 a host's GPUs are whose, and `JAX_LOCAL_DEVICE_IDS` and `JAX_COORDINATOR_BIND_ADDRESS` where they are set.
 """
 
+import atexit
+import collections
+import contextlib
 import itertools
 import json
+import opcode
 import os
 import sys
-from collections.abc import Mapping
+import threading
+import types
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +29,7 @@ from jax.experimental import multihost_utils
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 _polls = itertools.count(1)  # of this process's life, see `preempted`
+_exit: SystemExit | None = None  # the last that was raised with a status other than 0
 
 
 def start() -> None:
@@ -31,11 +38,11 @@ def start() -> None:
     A Trainer calls it when it is made, so a script needs it only if it uses JAX's devices before that. It may be called
     any number of times, and does nothing where the script itself called `jax.distributed.initialize`.
 
-    From here on an error that nobody catches ends the process at once: Python's usual end waits for the other
-    processes, which in turn wait for this one.
+    From here on an error that nobody catches, and `sys.exit` with a status other than 0, end the process at once:
+    Python's usual end waits for the other processes, which in turn wait for this one.
 
     Raises:
-      ValueError: the variables contradict each other, or some are missing.
+      ValueError: the variables contradict each other, or some are missing; processes have different numbers of devices.
       RuntimeError: devices were used before; the other processes cannot be reached.
     """
     if jax.distributed.is_initialized():
@@ -54,6 +61,7 @@ def start() -> None:
             f"joined. Make the Trainer first, or call curvtrain.trainer.distributed.start() at the top of the script."
         ) from None
     _end_at_once_on_errors()
+    _check_devices()
 
 
 def job_of(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
@@ -113,11 +121,76 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
+def from_first(act: Callable[[], Any]) -> Any:
+    """What `act` returns on process 0, which alone does it, as plain JSON; an OSError there is raised on all."""
+    value = error = None
+    if jax.process_index() == 0:
+        try:
+            value = act()
+        except OSError as caught:
+            error = caught
+    value, problem = gather([value, None if error is None else str(error)])[0]
+    if problem is not None:
+        raise error or OSError(problem)
+    return value
+
+
+def first_problem(problem: str | None) -> str | None:
+    """What all should raise: the problem of the first process that has one, and which one that is."""
+    problems = gather(problem)
+    for index, found in enumerate(problems):
+        if found is not None:
+            return f"{found} (on process {index} of {len(problems)})" if len(problems) > 1 else found
+    return None
+
+
+def check_same(run: Mapping[str, Any]) -> None:
+    """Raises ValueError on all processes if an entry, plain JSON, is not the same on all: names it and the values."""
+    everyones = gather(dict(run))
+    differences = []
+    for name in dict.fromkeys(name for other in everyones for name in other):
+        values = [other.get(name) for other in everyones]
+        odd = next((index for index, value in enumerate(values) if value != values[0]), None)
+        if odd is not None:
+            differences.append(f"{name}: {values[0]} on process 0, {values[odd]} on process {odd}")
+    if differences:
+        raise ValueError(
+            "All processes should be given the same run, and these differ:\n  " + "\n  ".join(differences) + "\n"
+            "What depends on the process (its index, host, time or random numbers) should not get into it."
+        )
+
+
 def _integer(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     if not text.strip().isdecimal():
         raise ValueError(f"The environment variable {name} should be a whole number, and is {text!r}.")
     return int(text)
+
+
+def _check_devices() -> None:
+    """All of them are known to every process, so all raise the same."""
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        raise ValueError(
+            f"All processes should have the same number of devices, and they have {dict(sorted(counts.items()))}, by "
+            f"process. Give them equally many: --devices or --gpus-per-process, JAX_LOCAL_DEVICE_IDS, SLURM's options."
+        )
+
+
+@contextlib.contextmanager
+def exits_noted() -> Generator[None]:
+    """Around what the other processes need this one for: however a SystemExit is raised there, it ends it at once."""
+    _note(None)
+    try:
+        yield
+    except SystemExit as end:
+        _note(end)
+        raise
+
+
+def _note(end: SystemExit | None) -> None:
+    global _exit
+    _exit = end if end is not None and _status(end) else None
 
 
 def _end_at_once_on_errors() -> None:
@@ -127,9 +200,37 @@ def _end_at_once_on_errors() -> None:
     def hook(kind, value, trace):
         try:
             before(kind, value, trace)
-            sys.stdout.flush()
-            sys.stderr.flush()
         finally:
-            os._exit(130 if issubclass(kind, KeyboardInterrupt) else 1)
+            _end(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
-    sys.excepthook = hook
+    def leave(status=None):
+        end = SystemExit(status)
+        _note(end)
+        raise end
+
+    script = sys._current_frames()[threading.main_thread().ident or 0]
+    while script.f_back is not None:
+        script = script.f_back
+
+    def at_exit():  # Python does not tell it the status
+        if _exit is not None and not _has_returned(script):
+            _end(_status(_exit))
+
+    sys.excepthook, sys.exit = hook, leave
+    atexit.register(at_exit)  # after JAX's, so that it comes before
+
+
+def _status(end: SystemExit) -> int:
+    return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def _has_returned(script: types.FrameType) -> bool:
+    """Whether the script, which is at its end, came there by its last line: what was raised on the way was caught."""
+    return opcode.opname[script.f_code.co_code[script.f_lasti]].startswith("RETURN_")
+
+
+def _end(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(status)

@@ -12,6 +12,7 @@ import math
 import signal
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ import numpy as np
 from clu import parameter_overview
 
 from curvtrain.trainer import distributed
-from curvtrain.trainer.checkpoint import Checkpoints
+from curvtrain.trainer.checkpoint import Checkpoints, flat
 from curvtrain.trainer.checkpoint import versions as checkpoint_versions
-from curvtrain.trainer.data import CURVATURE, TRAIN, eval_batches, own_positions, saved_positions
+from curvtrain.trainer.data import CURVATURE, TRAIN, checksum, eval_batches, own_positions, saved_positions
 from curvtrain.trainer.hooks import Hook, Run
 from curvtrain.trainer.metrics import Metrics, compute, merge
-from curvtrain.trainer.plan import Plan
+from curvtrain.trainer.plan import HORIZON, Plan
 from curvtrain.trainer.progress import Clock, ProgressReport
+from curvtrain.trainer.sharding import batch_shards, process_rows
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.step import telemetry
 from curvtrain.trainer.workdir import claimed
@@ -94,14 +96,17 @@ class Loop:
         """Trains to `config.steps`, from the newest checkpoint if the workdir holds one."""
         began, config, view = time.perf_counter(), self.config, self.view
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._catch_sigterm())  # outermost: a second one must not cut short the last save
+            stack.enter_context(distributed.exits_noted())
+            stack.enter_context(self._catch_sigterm())  # before the rest: a second one must not cut short the last save
+            self._description = self.plan.description()
+            self._check_same_run()
             for kind in self.plan.kinds:
                 self.plan.lower(kind)  # what is wrong with model or optimizer shows before anything is written
+            self._check_same_programs()
             self._checkpoints = None
             if config.workdir is not None:
                 stack.enter_context(claimed(Path(config.workdir).absolute()))
                 self._checkpoints = stack.enter_context(Checkpoints(config))
-            self._description = self.plan.description()
             main = jax.process_index() == 0
             self._report = ProgressReport(main and config.progress is not False, config.steps)
             stack.callback(self._report.close)
@@ -180,6 +185,34 @@ class Loop:
         return every is not None and self.view.step % every == 0
 
     # -- beginning -------------------------------------------------------------------------------------------------
+
+    def _check_same_run(self) -> None:
+        """Several processes with different runs would wait for each other, or train nonsense."""
+        if jax.process_count() == 1:
+            return
+        plan, data = self.plan, None
+        if self.eval_data is not None:
+            data = checksum(next(eval_batches(self.eval_data, plan.eval_batch_size)))
+        kinds = map(str, map(plan.kind, range(min(self.config.steps, HORIZON))))
+        options = {f"TrainerConfig({name})": repr(value) for name, value in vars(self.config).items()}
+        del options["TrainerConfig(progress)"]
+        rest = {
+            "pieces of a batch on each process": batch_shards(plan.mesh) // process_rows(plan.mesh)[1],
+            "checksum of eval_data's first batch": data,
+            "CurvatureSchedule (checksum of its steps)": _crc(" ".join(kinds)),
+        }
+        distributed.check_same({**options, **flat(self._description), **rest})
+
+    def _check_same_programs(self) -> None:
+        """What no description holds: sizes of layers, learning rates, code."""
+        if jax.process_count() == 1:
+            return
+        programs = {}
+        for kind in self.plan.kinds:
+            lines = self.plan.lower(kind).as_text().splitlines()
+            own = (line for line in lines if "callback" not in line)  # which hold addresses in the process
+            programs[f"model, loss, optimizer or estimator (checksum of {kind!s})"] = _crc("\n".join(own))
+        distributed.check_same(programs)
 
     def _restore_or_init(self) -> int:
         """Sets the state, and what else there is, from the newest checkpoint, an earlier call, or anew: the step."""
@@ -311,6 +344,10 @@ class Loop:
             yield
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)  # None: not Python's
+
+
+def _crc(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 @contextlib.contextmanager

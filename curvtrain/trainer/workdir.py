@@ -10,8 +10,6 @@ import socket
 from collections.abc import Generator
 from pathlib import Path
 
-import jax
-
 from curvtrain.trainer import distributed
 
 LOCK = ".lock"
@@ -33,13 +31,13 @@ def claimed(folder: Path) -> Generator[None]:
     stays, and says who held it last.
 
     Raises:
-      ValueError: the folder cannot be written.
-      WorkdirInUse: another job is at work in it; on all processes.
+      ValueError: a process cannot write the folder.
+      WorkdirInUse: another job is at work in it. Either on all processes.
     """
-    _check_writable(folder)
+    if (unwritable := distributed.first_problem(_unwritable(folder))) is not None:
+        raise ValueError(unwritable)
     with contextlib.ExitStack() as stack:
-        refused = _lock(folder, stack) if jax.process_index() == 0 else None
-        refused = distributed.gather(refused)[0]
+        refused = distributed.from_first(lambda: _lock(folder, stack))
         if refused is not None:
             raise WorkdirInUse(refused)
         yield
@@ -77,16 +75,16 @@ def _holder(file: int) -> str:
         return ""
 
 
-def _check_writable(folder: Path) -> None:
+def _unwritable(folder: Path) -> str | None:
+    """Why the folder cannot be written, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".curvtrain-{os.getpid()}"
         probe.touch()
         probe.unlink(missing_ok=True)  # a process of the same number on another host may have been faster
     except OSError as error:
-        raise ValueError(
-            f"TrainerConfig(workdir={os.fspath(folder)!r}) cannot be written: {error}. Choose another folder."
-        ) from error
+        return f"TrainerConfig(workdir={os.fspath(folder)!r}) cannot be written: {error}. Choose another folder."
+    return None
 
 
 def _leave_to_parent() -> None:

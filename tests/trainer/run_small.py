@@ -1,14 +1,17 @@
 """A small run with everything random in it, as a program: `python run_small.py '{"workdir": ..., "steps": ...}'`.
 
 Dropout, BatchNorm, shuffling, an average of the parameters, FOSI, and Lanczos on a curvature batch of its own; with
-`"estimator": "kfac"`, K-FAC's optimizer on sampled Kronecker factors instead, with "psgd" whitened momentum. It prints
-a line after every step, and at the end writes every leaf of the state and the positions of the data to `out`. One of
-several processes says which one it is, and process 0 writes. The tests import it for the same run in their own process.
+`"estimator": "kfac"`, K-FAC's optimizer on sampled Kronecker factors instead, with "psgd" whitened momentum, with
+"none" SGD. It prints a line after every step, and at the end writes every leaf of the state and the positions of the
+data to `out`. One of several processes says which one it is and prints its last metrics, and process 0 writes. The
+tests import it for the same run in their own process.
 """
 
 import json
+import resource
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -19,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 import curvtrain
 from curvtrain import curvature, losses, optim
-from curvtrain.trainer import Hook
+from curvtrain.trainer import Hook, checkpoint, distributed
 
 BATCH = 16
 
@@ -88,6 +91,8 @@ def make(cls=Small, hooks=(), train_data=None, optimizer=None, estimator="lanczo
     elif estimator == "psgd":
         estimator = curvature.PSGD(curvature.Kron(block_size=4), momentum=0.9, update_probability=0.4)
         optimizer, schedule = optimizer or optim.psgd(1e-2), schedule or curvtrain.CurvatureSchedule()
+    elif estimator == "none":
+        estimator, optimizer = None, optimizer or optax.sgd(1e-2)
     return cls(
         curvtrain.TrainerConfig(**{**options, "progress": False, **config}),
         train_data=data() if train_data is None else train_data,
@@ -107,22 +112,57 @@ def leaves(state):
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(raw(leaf)) for path, leaf in found}
 
 
-def main(workdir, out=None, sleep=0.0, fail=None, **config):
+class Trouble(Hook):
+    """What goes wrong in this process.
+
+    Args:
+      workdir: of the run.
+      fail: [step, "exit" | "raise" | "error"]: ends the process after a step.
+      full: [[first step, last step, size], ...]: files cannot grow beyond a size then.
+      stuck: a step whose save never ends.
+    """
+
+    def __init__(self, workdir, fail=None, full=(), stuck=None):
+        self._workdir, self._fail, self._full = Path(workdir), fail, full
+        self._unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        if stuck is not None:
+            write = checkpoint._Save._write
+
+            def stick(save):
+                if save.step == stuck:
+                    save._is_copied.set()
+                    time.sleep(600)
+                write(save)
+
+            checkpoint._Save._write = stick
+
+    def __call__(self, run):
+        for first, last, size in self._full:
+            while run.step == first and any(self._workdir.glob("*.orbax-checkpoint-tmp*")):
+                time.sleep(0.01)  # the save before is not to be hit
+            if run.step in (first, last + 1):
+                limit = size if run.step == first else self._unlimited
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, self._unlimited))
+        if self._fail is not None and run.step == self._fail[0]:
+            if self._fail[1] == "exit":
+                sys.exit(3)
+            if self._fail[1] == "raise":
+                raise SystemExit(4)
+            raise OSError("failed on purpose")
+
+
+def main(workdir, out=None, sleep=0.0, fail=None, trouble=None, **config):
+    """`trouble` is {process: arguments of Trouble}; `fail` that of all."""
     if "sharding" in config:  # [[regex, axes], ...]
         config["sharding"] = [(pattern, PartitionSpec(*axes)) for pattern, axes in config["sharding"]]
-    hooks = [Remember(sleep)]
-    if fail is not None:  # [step, what]
-
-        def at_step(run):
-            if run.step == fail[0]:
-                if fail[1] == "exit":
-                    sys.exit(3)
-                raise OSError("failed on purpose")
-
-        hooks.append(curvtrain.trainer.Call(at_step))
+    distributed.start()
+    own = {"fail": fail, **(trouble or {}).get(str(jax.process_index()), {})}
+    hooks = [Remember(sleep), Trouble(workdir, **own)]
     trainer = make(hooks=hooks, workdir=workdir, **config)
     print("ready", *([jax.process_index()] if jax.process_count() > 1 else []), flush=True)
-    trainer.fit()
+    result = trainer.fit()
+    if jax.process_count() > 1:
+        print("end", json.dumps(result.metrics), flush=True)
     if out is not None:
         end = leaves(trainer.state)
         rest = {"positions": json.dumps(trainer._positions), "steps": np.array(hooks[0].steps)}

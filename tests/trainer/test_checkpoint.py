@@ -102,6 +102,42 @@ def test_state_comes_back_bit_by_bit_on_another_mesh(tmp_path):
     assert meta["own"] == [1]
 
 
+def test_orbax_itself_reads_it(tmp_path):
+    write(tmp_path, [1, 2])
+    with ocp.CheckpointManager(tmp_path) as manager:
+        assert sorted(manager.all_steps()) == [1, 2]
+        found = manager.restore(2)
+    assert found["meta"]["run"] == RUN and np.all(found["state"]["w"] == 2)
+
+
+def test_what_orbax_itself_wrote_is_read(tmp_path):
+    """As this package did, too, before it wrote without orbax's manager."""
+    handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    with ocp.CheckpointManager(tmp_path, item_handlers=handlers) as manager:
+        meta = ocp.args.JsonSave({"run": RUN, "scores": {}})
+        manager.save(2, args=ocp.args.Composite(state=ocp.args.StandardSave(state(2)), meta=meta))
+    assert read(tmp_path) == 2
+
+
+def test_a_step_that_cannot_be_begun(tmp_path, monkeypatch, caplog):
+    with Checkpoints(config(tmp_path)) as checkpoints:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError("no room")))
+            assert not checkpoints.save(1, state(1), {"run": RUN}, None)
+        assert "Saving step 1 failed: OSError: no room" in caplog.text and checkpoints.steps == []
+        assert checkpoints.save(2, state(2), {"run": RUN}, None)
+    assert read(tmp_path) == 2
+
+
+def test_a_kill_while_old_ones_are_removed_leaves_no_half_of_one(tmp_path, monkeypatch):
+    write(tmp_path, [1, 2, 3])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        write(tmp_path, [4])
+    assert on_disk(tmp_path) == [2, 3, 4] and (tmp_path / ".removed-1").is_dir()
+    assert read(tmp_path) == 4 and not (tmp_path / ".removed-1").exists()
+
+
 def test_the_state_may_be_donated_while_it_is_written(tmp_path):
     bump = jax.jit(lambda tree: jax.tree.map(lambda a: a + 1, tree), donate_argnums=0)
     tree = {"w": jnp.zeros(100_000), "count": jnp.int32(0)}
@@ -444,8 +480,8 @@ def test_a_failed_save_does_not_hide_what_went_wrong_after_it(tmp_path, caplog, 
 
     def fail():
         with Checkpoints(config(tmp_path)) as checkpoints:
-            monkeypatch.setattr(checkpoints._manager, "save", refuse)
-            assert not checkpoints.save(2, state(2), {"run": RUN}, None)
+            monkeypatch.setattr(ocp.StandardCheckpointHandler, "async_save", refuse)
+            checkpoints.save(2, state(2), {"run": RUN}, None)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
