@@ -371,11 +371,9 @@ def saved_run(workdir: str | os.PathLike) -> dict[str, Any]:
     folder = Path(os.fspath(workdir)).absolute()
     if not folder.is_dir():
         return {}
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(folder, options=options, item_handlers={"meta": ocp.JsonCheckpointHandler()}) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
-            with contextlib.suppress(*_DAMAGE):  # which `restore` reports
-                return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]["run"]
+    for step in reversed(_steps_in(folder)):
+        with contextlib.suppress(*_DAMAGE):  # which `restore` reports
+            return _read_meta(folder / str(step))["run"]
     return {}
 
 
