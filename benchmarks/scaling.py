@@ -6,13 +6,16 @@
 Nothing is run: every step program is compiled ahead of time for a mesh of virtual CPU devices, in a process of its own
 for each size. Tabulated are, per device:
 
-* bytes of parameters, optimizer state and curvature, and of the latter two what they would be if all was split evenly;
-* of every program its FLOPs (loop bodies counted once; of the factorisations, what are matrix products);
-* d^3 of the matrices that a refresh factorises, with slots that are padding;
-* bytes of the results of its collectives, by kind (a loop body's counted once), and those that Adam's step lacks.
+* bytes of parameters, optimizer state and curvature, and of the latter two how many times an even share of what one
+  device alone would have;
+* of every program its FLOPs (loop bodies counted once, branches as if they were taken; of factorisations, what are
+  matrix products);
+* d^3 of the matrices that a refresh factorises, those of padding too;
+* bytes of the results of its collectives, by kind, counted likewise, and how many more these are than Adam's.
 
 "strong" keeps the examples of a batch, "weak" those of a device. Models: 16 equal layers of 128 units; and, for the
 families with Kronecker factors, the autoencoder 784-1000-500-250-30-250-500-1000-784, no two of whose layers are alike.
+The latter, and "weak", are compiled for 1 and 8 devices only.
 """
 
 import argparse
@@ -112,12 +115,16 @@ def show(title: str, results: dict[str, Any]) -> None:
     from curvtrain._text import human_bytes, table
 
     print(f"\n== {title}")
+    alone = results.get("1", {})
     for name in next(iter(results.values())):
         rows = [("devices", "parameters", "optimizer", "curvature", "/ even share", "program", "MFLOP", "d^3", "sent")]
         for devices, found in results.items():
             state, plain = found[name]["state"], found["Adam"]["programs"]["train"]["sent"] if "Adam" in found else {}
             each = [state.get(part, (0, 0)) for part in ("params", "opt_state", "curvature")]
-            whole, mine = (sum(part[i] for part in each[1:]) for i in range(2))
+            mine = sum(part[1] for part in each[1:])
+            whole = (
+                sum(alone[name]["state"].get(part, (0, 0))[0] for part in ("opt_state", "curvature")) if alone else 0
+            )
             share = f"{mine * int(devices) / whole:.3f}" if whole else ""
             for i, (kind, program) in enumerate(found[name]["programs"].items()):
                 sent = ", ".join(f"{k} {human_bytes(n)}" for k, n in program["sent"].items()) or "none"
@@ -178,7 +185,8 @@ def main() -> None:
         kronecker = [name for name in args.only if model == "equal" or "K" in name or name == "Adam"]
         for scaling in args.scaling if model == "equal" else args.scaling[:1]:
             title = f"{model}, {args.sharding}, {scaling}"
-            for devices in args.devices:
+            few = scaling == "weak" or model != "equal"
+            for devices in [n for n in args.devices if n in (1, 8)] if few else args.devices:
                 child = dict(devices=devices, model=model, sharding=args.sharding, scaling=scaling, names=kronecker)
                 flags = f"{FLAGS} --xla_force_host_platform_device_count={devices}"
                 done = subprocess.run(

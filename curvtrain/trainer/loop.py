@@ -245,7 +245,7 @@ class Loop:
         say(overview)
         if plan.estimator is not None and (table := plan.estimator.overview(plan.objective, plan.state.params)):
             say(table)
-        say(str(plan.state_report()))
+        say(f"\n{plan.state_report()}\n")
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
         say(f"{devices}; {self.config.steps} steps of {self.config.batch_size} examples")
 

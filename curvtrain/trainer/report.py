@@ -82,6 +82,8 @@ class StateReport(Mapping[str, Part]):
         rows: list[tuple[str, ...]] = [("state", "one copy", "per device", "of that on all", "largest of these")]
         numbers = lambda *counts: tuple(map(human_bytes, counts))
         for name, part in self.items():
+            if name in ("step", "key"):  # a few bytes
+                continue
             rows.append((name, *numbers(part.whole, part.per_device, part.replicated), part.largest))
         per_device, replicated = (sum(getattr(p, n) for p in self.values()) for n in ("per_device", "replicated"))
         rows.append(("all", *numbers(self.whole, per_device, replicated), ""))
