@@ -52,6 +52,12 @@ class Small(curvtrain.Trainer):
         return {"order": batch["number"]}  # tells which examples were in a batch
 
 
+def say(*words):
+    """A line at once: of an unbuffered print the pieces may come among those of other processes."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
 class Remember(Hook):
     """Prints every step, sleeps, and remembers over restarts at which steps it was called."""
 
@@ -61,7 +67,7 @@ class Remember(Hook):
     def __call__(self, run):
         self.steps.append(run.step)
         if not self._quiet:
-            print("step", run.step, flush=True)
+            say("step", run.step)
         time.sleep(self._sleep)
 
     def state_dict(self):
@@ -159,10 +165,10 @@ def main(workdir, out=None, sleep=0.0, fail=None, trouble=None, **config):
     own = {"fail": fail, **(trouble or {}).get(str(jax.process_index()), {})}
     hooks = [Remember(sleep), Trouble(workdir, **own)]
     trainer = make(hooks=hooks, workdir=workdir, **config)
-    print("ready", *([jax.process_index()] if jax.process_count() > 1 else []), flush=True)
+    say("ready", *([jax.process_index()] if jax.process_count() > 1 else []))
     result = trainer.fit()
     if jax.process_count() > 1:
-        print("end", json.dumps(result.metrics), flush=True)
+        say("end", json.dumps(result.metrics))
     if out is not None:
         end = leaves(trainer.state)
         rest = {"positions": json.dumps(trainer._positions), "steps": np.array(hooks[0].steps)}
