@@ -60,14 +60,18 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
     Processes that share the "tensor" axis hold the same piece, so there may be fewer pieces than processes.
     """
     pieces = batch_shards(mesh)
-    indices = NamedSharding(mesh, batch_spec(mesh)).addressable_devices_indices_map((pieces,))
-    own = sorted({index[0].indices(pieces)[0] for index in indices.values() if index is not None})
-    if own != list(range(own[0], own[0] + len(own))) or own[0] % len(own) or pieces % len(own):
-        raise ValueError(
-            f"With mesh={dict(mesh.shape)} process {jax.process_index()} of {jax.process_count()} has pieces {own} "
-            f"of the {pieces} of a batch, which are not one stretch of it. Give the first axis the number of processes "
-            f"or a multiple of it."
-        )
+    held: dict[int, set[int]] = {}  # by all processes, so that all raise
+    for device, index in NamedSharding(mesh, batch_spec(mesh)).devices_indices_map((pieces,)).items():
+        held.setdefault(device.process_index, set()).add(index[0].indices(pieces)[0])
+    for process, found in sorted(held.items()):
+        stretch = list(range(min(found), max(found) + 1))
+        if sorted(found) != stretch or stretch[0] % len(stretch) or pieces % len(stretch) or len(found) != len(held[0]):
+            raise ValueError(
+                f"With mesh={dict(mesh.shape)} process {process} of {jax.process_count()} has pieces {sorted(found)} of "
+                f"the {pieces} of a batch: not one stretch of it, as long as that of others. Give the first axis the "
+                f"number of processes or a multiple of it."
+            )
+    own = sorted(held[jax.process_index()])
     return own[0] // len(own), pieces // len(own)
 
 
