@@ -1,5 +1,7 @@
 """Where arrays live, and that it does not change what is computed. Eight devices."""
 
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,6 +62,37 @@ def test_mesh_errors(axes, message):
 def test_one_process_holds_whole_batches():
     for axes in ({"data": 8}, {"data": 2, "fsdp": 4}, {"tensor": 8}, {"data": 2, "tensor": 4}):
         assert sharding.process_rows(sharding.make_mesh(axes)) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("held", "process"),
+    [
+        ([[0, 1], [2, 3]], None),
+        ([[0, 2], [1, 3]], 0),  # no stretch
+        ([[0, 1], [1], [0, 1]], 1),  # another number of them
+        ([[0, 1, 2], [3]], 0),  # four are not a multiple of three
+    ],
+)
+def test_pieces_of_a_batch_are_stretches(held, process, monkeypatch):
+    """As several processes would have them; all of them raise."""
+    Device = collections.namedtuple("Device", ["process_index", "number"])
+    pieces = 2 if len(held) == 3 else 4
+
+    class Split:
+        def __init__(self, *_):
+            pass
+
+        def devices_indices_map(self, shape):
+            assert shape == (pieces,)
+            return {Device(p, i): (slice(i, i + 1),) for p, own in enumerate(held) for i in own}
+
+    monkeypatch.setattr(sharding, "NamedSharding", Split)
+    mesh = sharding.make_mesh({"data": pieces, "tensor": -1})
+    if process is None:
+        assert sharding.process_rows(mesh) == (0, 2)
+        return
+    with pytest.raises(ValueError, match=rf"process {process} of {len(held)} has pieces .* of the {pieces} of a batch"):
+        sharding.process_rows(mesh)
 
 
 def test_batches_are_split_over_data_and_fsdp():
