@@ -68,8 +68,8 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
         if sorted(found) != stretch or stretch[0] % len(stretch) or pieces % len(stretch) or len(found) != len(held[0]):
             raise ValueError(
                 f"With mesh={dict(mesh.shape)} process {process} of {len(held)} has pieces {sorted(found)} of the "
-                f"{pieces} of a batch: not one stretch of it, as long as that of others. Give the first axis the number "
-                f"of processes or a multiple of it."
+                f"{pieces} of a batch: not one stretch of it, as long as that of others. Give the first axis the "
+                f"number of processes or a multiple of it."
             )
     own = sorted(held[jax.process_index()])
     return own[0] // len(own), pieces // len(own)
