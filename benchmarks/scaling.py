@@ -137,32 +137,30 @@ def show(title: str, results: dict[str, Any]) -> None:
 
 
 def draw(output: Path, results: dict[str, Any]) -> None:
-    """Bytes of optimizer and curvature on a device, and d^3 of a refresh, over the number of devices."""
+    """Bytes of optimizer and curvature on a device, and d^3 of a refresh, as shares of what one device alone has."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, len(results), figsize=(6 * len(results), 8), squeeze=False, sharex=True)
-    for column, (title, by_devices) in zip(axes.T, results.items(), strict=True):
-        devices = [int(n) for n in by_devices]
-        for name in next(iter(by_devices.values())):
-            found = [table[name] for table in by_devices.values()]
-            bytes_ = [sum(t["state"].get(part, (0, 0))[1] for part in ("opt_state", "curvature")) for t in found]
-            column[0].plot(devices, [b / 2**20 for b in bytes_], "o-", label=name)
-            work = [max(program["factorised"] for program in t["programs"].values()) for t in found]
-            if any(work):
-                column[1].plot(devices, [w / 1e6 for w in work], "o-", label=name)
-        for axis, label in zip(
-            column, ("optimizer and curvature, MiB per device", "factorised, 10^6 d^3"), strict=True
-        ):
-            axis.set(xscale="log", yscale="log", ylabel=label, xticks=devices, xticklabels=devices)
-            axis.minorticks_off()
-            top = axis.get_ylim()[1]
-            axis.plot(devices, [top / n for n in devices], "k:", label="even share")
-            axis.legend(fontsize=8)
-        column[0].set_title(title)
-        column[1].set_xlabel("devices")
+    title, by_devices = max(results.items(), key=lambda item: len(item[1]))
+    devices, tables = [int(n) for n in by_devices], list(by_devices.values())
+    bytes_of = lambda found: sum(found["state"].get(part, (0, 0))[1] for part in ("opt_state", "curvature"))
+    work_of = lambda found: max(program["factorised"] for program in found["programs"].values())
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
+    panels = ((bytes_of, "bytes of optimizer and curvature"), (work_of, "factorised, d³"))
+    for axis, (number, label) in zip(axes, panels, strict=True):
+        for i, name in enumerate(tables[0]):
+            values = [number(found[name]) for found in tables]
+            if any(values):
+                shares = [value / values[0] for value in values]
+                axis.plot(devices, shares, "os^vD*PX"[i % 8] + "-", color=f"C{i}", label=name, alpha=0.8)
+        axis.plot(devices, [devices[0] / n for n in devices], "k:", label="even share")
+        axis.set(xscale="log", yscale="log", xlabel="devices", title=f"{label}: {title}")
+        axis.set_xticks(devices, [str(n) for n in devices])
+        axis.minorticks_off()
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("on one device, of what one alone has")
     figure.tight_layout()
     figure.savefig(output, dpi=120)
 
