@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
 
 from curvtrain import CurvatureSchedule, losses, optim
 from curvtrain.curvature import KFAC, stacks
@@ -174,17 +174,20 @@ def test_how_many_owners():
     """As many as are almost free, or as the user says."""
     slots = lambda model, **options: jax.eval_shape(KFAC(**options).init, *build(model)).slots
     assert slots(Equal) == 16 and slots(Equal, inverse="ekfac") == 16
-    assert slots(Uneven) == 2 and slots(Uneven, slots=8) == 8
+    assert slots(Uneven) == 1 and slots(Uneven, slots=8) == 8
     with pytest.raises(ValueError, match=r"KFAC\(slots\)"):
         KFAC(slots=0)
 
 
 def test_owners_for_a_mesh():
     """What takes the fewest bytes on each device, where the user leaves it open."""
-    chosen = lambda model, axes, **options: KFAC(**options).choices(*build(model), mesh_of(axes))
+    chosen = lambda model, axes, **options: KFAC(**options).choices(
+        *build(model), AbstractMesh(tuple(axes.values()), tuple(axes))
+    )
     assert chosen(Equal, WIDE) == {"slots": 16} and chosen(Uneven, WIDE) == chosen(Uneven, BOTH) == {"slots": 8}
     assert chosen(Twelve, WIDE) == {"slots": 8}  # 16 slots, not 12 factors on each device
     assert chosen(Twelve, {"data": 1}) == {"slots": 4}  # of which no more than a tenth is padding
+    assert chosen(Twelve, {"data": 3, "fsdp": 2}) == {"slots": 6} and chosen(Equal, {"data": 256}) == {"slots": 256}
     assert chosen(Uneven, WIDE, slots=4) == {}
 
 

@@ -57,7 +57,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         split, each device having some layers and factorising those; more than there are layers of a kind costs padding
         (`overview` says how much). None: in a Trainer, what takes the fewest bytes on each device of the mesh on which
         the run begins (`choices`); elsewhere, the largest power of two up to 64 of which the padding is at most a
-        tenth. 1: all factors and inverses on every device, which still factorises only a share: more memory, and,
+        tenth and no size shares another's stack. 1: all factors and inverses on every device, which still factorises only a share: more memory, and,
         where parameters are on every device too, no communication between two refreshes. It is part of the state; see
         `owners.py`.
       uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.

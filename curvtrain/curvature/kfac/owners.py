@@ -273,19 +273,22 @@ def inside(X: jax.Array, d: int) -> jax.Array:
 
 
 def slots_for(coverage: Coverage, scales: bool, mesh: Mapping[str, int] | None = None) -> int:
-    """A power of two up to `MOST`: how many owners a mesh, or, without one, any mesh is best served by.
+    """How many owners a mesh, or, without one, any mesh is best served by.
 
-    On several devices, those of the fewest bytes on each, and the most of equal ones; else, the most of which padding
-    is a small share, `PADDING` at most.
+    On several devices, their number or a power of two: what takes the fewest bytes on each, and of equal ones the most.
+    Else the largest power of two of which padding is a small share, `PADDING` at most, and no stack has to hold smaller
+    factors, which one device would cut out of it again and again.
     """
     devices = math.prod((mesh or {}).values())
     most = min(MOST, max(devices, sum(layer.copies for layer in matrices_of(coverage))))
-    options = [2**k for k in range(most.bit_length())]
-    numbers = {slots: layout_of(coverage, slots).numbers(scales) for slots in options}
+    options = {2**k for k in range(most.bit_length())}
     if mesh and devices > 1:
         split = lambda slots: math.prod(mesh[axis] for axis in axes_for(mesh, slots))
-        return min(options, key=lambda slots: (numbers[slots][0] / split(slots), -slots))
-    return max(slots for slots in options if numbers[slots][1] <= PADDING * numbers[slots][0])
+        cost = lambda slots: layout_of(coverage, slots).numbers(scales)[0] / split(slots)
+        return min(options | {devices}, key=lambda slots: (cost(slots), -slots))
+    alike = lambda layout: all(stack.outside is None for _, (_, stack) in layout.factors)
+    small = lambda layout: layout.numbers(scales)[1] <= PADDING * layout.numbers(scales)[0]
+    return max(n for n in options if alike(layout := layout_of(coverage, n)) and small(layout))
 
 
 def overview(layout: Layout, slots: int) -> str:
