@@ -56,10 +56,10 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
       slots: on how many devices, or on a number that divides it, the stacks of factors and all that is made of them are
         split, each device having some layers and factorising those; more than there are layers of a kind costs padding
         (`overview` says how much). None: in a Trainer, what takes the fewest bytes on each device of the mesh on which
-        the run begins (`choices`); elsewhere, the largest power of two up to 64 of which the padding is at most a
-        tenth and no size shares another's stack. 1: all factors and inverses on every device, which still factorises only a share: more memory, and,
-        where parameters are on every device too, no communication between two refreshes. It is part of the state; see
-        `owners.py`.
+        the run begins (`choices`); elsewhere, the largest power of two up to 64 of which the padding is at most a tenth
+        and no size shares another's stack. 1: all factors and inverses on every device, which still factorises only a
+        share: more memory, and, where parameters are on every device too, no communication between two refreshes. It is
+        part of the state; see `owners.py`.
       uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.
       plain: regular expression; layers and parameters whose path it matches get that diagonal too.
 
