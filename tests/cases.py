@@ -60,15 +60,15 @@ def by_curvature(damping=0.1):
 
 
 def kfac():
-    return optim.kfac(initial_damping=0.5, l2=1e-3, damping_every=2)
+    return optim.kfac(initial_damping=2.0, l2=1e-3, damping_every=2, damping_decay=0.95)
 
 
 CASES = {
     "Lanczos": Case(Lanczos(k=3, l=1, m=8), lambda: optim.fosi(optax.sgd(0.1, momentum=0.5))),
     "KFAC": Case(KFAC("exact"), kfac, inexact=SPLIT),
     "KFAC, eigh": Case(KFAC("empirical", inverse="eigh"), kfac),
-    "KFAC, stale": Case(KFAC("empirical", stale=0.1), kfac, inexact=SPLIT),
-    "KFAC, ekfac": Case(KFAC("sampled", "reduce", "ekfac", scale_every=2), lambda: optim.kfac(0.1, 0.9, 0.1)),
+    "KFAC, stale": Case(KFAC("empirical", stale=0.1, slots=8), kfac, inexact=SPLIT),
+    "KFAC, ekfac": Case(KFAC("sampled", "reduce", "ekfac", scale_every=2), lambda: optim.kfac(0.1, 0.8, 0.3)),
     "DiagonalFisher": Case(DiagonalFisher("empirical"), by_curvature),
     "KroneckerDiagonal": Case(KroneckerDiagonal("sampled"), by_curvature),
     "UnitWise": Case(UnitWise("exact"), by_curvature),

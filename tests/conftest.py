@@ -7,7 +7,8 @@ import pytest
 
 FLAGS = {
     "xla_force_host_platform_device_count": "8",
-    "xla_backend_optimization_level": "0",  # tests spend their time in the compiler: this halves it
+    "xla_backend_optimization_level": "0",  # tests spend their time in the compiler: this halves it,
+    "xla_cpu_use_fusion_emitters": "false",  # and this does so once more, of large programs it leaves a third
 }
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

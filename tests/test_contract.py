@@ -1,7 +1,9 @@
-"""What every estimator and every optimizer promises, over all of them (see `cases.py`)."""
+"""What every estimator and every optimizer promises, over all of them (see `cases.py`).
+
+In a Trainer: `trainer/test_meshes.py`.
+"""
 
 import functools
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +12,10 @@ import optax
 import pytest
 from cases import CASES, OPTIMIZERS
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from jax.flatten_util import ravel_pytree
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from curvtrain import CurvatureSchedule, Objective, losses
-from curvtrain.curvature import Eigenpairs, KroneckerFactors
-from curvtrain.curvature import mesh as curvature_mesh
-from curvtrain.curvature.base import damping_hint
-from curvtrain.trainer import sharding
-from tests.trainer import tiny
+from curvtrain import Objective, losses
 
 KEY = jax.random.key(1)
 
@@ -195,78 +191,3 @@ def test_optimizer(name):
         assert all(np.all(np.isfinite(u.astype(jnp.float32))) for u in jax.tree.leaves(updates))
         params = optax.apply_updates(params, updates)
     assert traces == 1
-
-
-# -- in a Trainer ------------------------------------------------------------------------------------------------------
-
-
-def train(name, workdir, **options):
-    case = CASES[name]
-    return tiny.trainer(
-        optimizer=case.optimizer(),
-        curvature=case.estimator,
-        schedule=CurvatureSchedule(update_every=1, refresh_every=2),
-        workdir=workdir,
-        save_every=3,
-        log_every=1,
-        mesh={"data": 2, "fsdp": 4},
-        sharding="fsdp",
-        **options,
-    )
-
-
-@pytest.fixture(scope="module")
-def compiled_once(quick_compile, tmp_path_factory):
-    """A cache of compiled programs, for the second of two equal trainers."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
-
-
-def bits(tree):
-    raw = lambda a: jax.random.key_data(a) if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key) else a
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): np.asarray(raw(leaf)).tobytes() for path, leaf in found}
-
-
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.usefixtures("compiled_once")
-def test_trains_on_eight_devices_and_resumes_bit_by_bit(name, tmp_path, monkeypatch):
-    for module in (sharding, curvature_mesh):
-        monkeypatch.setattr(module, "SMALLEST", 1)  # split these small arrays too
-    whole = train(name, tmp_path / "whole", steps=6)
-    result = whole.fit()
-    state = whole.state
-    split = state.params["inner"]["kernel"].sharding
-    assert split.spec == PartitionSpec(None, "fsdp")
-    specs = jax.tree.map(lambda p: p.sharding.spec, state.params)
-    expected = CASES[name].estimator.partition_specs(state.curvature, specs, split.mesh)
-    expected = sharding.named(split.mesh, expected)
-    same = lambda a, s: isinstance(a.sharding, NamedSharding) and a.sharding.is_equivalent_to(s, a.ndim)
-    assert all(jax.tree.leaves(jax.tree.map(same, state.curvature, expected)))
-    values = tiny.losses_of(result)
-    assert np.all(np.isfinite(values)) and values[-2:].mean() < values[:2].mean()
-    told = {n for row in result.history for n in row if n.startswith("curvature/")}
-    assert told == {f"curvature/{n}" for n in state.curvature.telemetry()}
-    hint = damping_hint(state.opt_state)
-    if isinstance(state.curvature, KroneckerFactors):
-        assert hint is not None and np.isfinite(state.curvature.damping)
-    if isinstance(state.curvature, Eigenpairs):
-        assert np.any(state.curvature.converged)
-
-    (tmp_path / "parts").mkdir()
-    shutil.copytree(tmp_path / "whole" / "3", tmp_path / "parts" / "3")
-    parts = train(name, tmp_path / "parts", steps=6)
-    again = parts.fit()
-    assert [row["step"] for row in again.history if "train/loss" in row] == [4, 5, 6]
-    ours, theirs = bits(parts.state), bits(state)
-    assert [path for path in theirs if ours[path] != theirs[path]] == [] and set(ours) == set(theirs)

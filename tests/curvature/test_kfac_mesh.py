@@ -5,14 +5,13 @@ import functools
 import itertools
 import math
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from curvtrain import CurvatureSchedule, losses, optim
 from curvtrain.curvature import KFAC, stacks
@@ -414,17 +413,6 @@ class Model(Uneven):
         self.last = nnx.Linear(4, tiny.CLASSES, rngs=rngs)
 
 
-def on(devices, monkeypatch):
-    """Meshes have so many of the devices."""
-
-    def make_mesh(axes):
-        sizes = [devices if size == -1 else size for size in axes.values()]
-        grid = np.array(jax.devices()[:devices]).reshape(sizes)
-        return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-
-    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
-
-
 def train(steps, estimator, **options):
     trainer = tiny.trainer(
         model=Model,
@@ -442,31 +430,10 @@ def test_slots_are_chosen_when_a_run_begins(tmp_path, monkeypatch):
     """For its mesh; a checkpoint keeps the choice, which would be another one on one device."""
     run, _ = train(2, KFAC("empirical"), workdir=tmp_path, mesh=WIDE)
     assert run.state.curvature.slots == 8
-    on(1, monkeypatch)
+    tiny.on(1, monkeypatch)
     opened, _ = train(3, KFAC("empirical"), workdir=tmp_path, mesh={"data": -1})
     assert opened.state.curvature.slots == 8 and int(opened.state.curvature.updates) == 3
     with pytest.raises(Mismatch, match=r"curvature/factors"):
         train(3, KFAC("empirical", slots=3), workdir=tmp_path, mesh={"data": -1})
     alone, _ = train(1, KFAC("empirical"), mesh={"data": -1})
     assert alone.state.curvature.slots < 8
-
-
-def test_a_checkpoint_of_eight_devices_opens_on_fewer(tmp_path, monkeypatch):
-    """To the bit, split over those there are; and training goes on as it would have."""
-    estimator = KFAC("empirical", inverse="ekfac", slots=8, stale=0.1)
-    monkeypatch.setattr(sharding, "SMALLEST", 1)
-    trainer, result = train(6, estimator, workdir=tmp_path, save_every=3, mesh=BOTH, sharding="fsdp")
-    want, last = tiny.losses_of(result), jax.device_get(trainer.state.curvature)
-    assert trainer.state.curvature.factors["5"].sharding.spec == PartitionSpec(("data", "fsdp"))
-    for devices in (4, 2, 1):
-        on(devices, monkeypatch)
-        opened, _ = train(6, estimator, workdir=tmp_path, mesh={"data": -1})
-        tiny.assert_trees_equal(jax.device_get(opened.state.curvature), last)
-        X = opened.state.curvature.factors["5"]
-        assert len(X.addressable_shards) == devices and X.addressable_shards[0].data.shape[0] == len(X) // devices
-    on(4, monkeypatch)
-    (tmp_path / "parts").mkdir()
-    shutil.copytree(tmp_path / "3", tmp_path / "parts" / "3")
-    _, again = train(6, estimator, workdir=tmp_path / "parts", mesh={"data": -1})
-    assert len(tiny.losses_of(again)) == 3
-    np.testing.assert_allclose(tiny.losses_of(again), want[3:], rtol=1e-3)

@@ -1,20 +1,18 @@
-"""Where arrays live, and that it does not change what is computed. Eight devices."""
+"""Where arrays live. Eight devices; that it does not change what is computed: `test_meshes.py`."""
 
 import collections
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from tiny import CLASSES, FEATURES, Mlp, Noisy, examples, losses_of, trainer
+from tiny import CLASSES, FEATURES, Mlp, trainer
 
-from curvtrain import CurvatureSchedule, Objective, losses, optim
+from curvtrain import optim
 from curvtrain.curvature import Lanczos
 from curvtrain.trainer import sharding
-from curvtrain.trainer.data import ArrayData
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -273,56 +271,3 @@ def test_a_batch_is_divisible_over_the_mesh(options):
     with pytest.raises(ValueError, match=message):
         trainer(**options)
     trainer(mesh={"data": 4, "tensor": 2}, **options)
-
-
-# -- what is computed --------------------------------------------------------------------------------------------------
-
-STEPS = 20
-OPTIMIZER = optim.fosi(optax.adam(1e-2))
-# Every pair counts, and every refresh takes all of its products: no threshold for rounding to fall on either side of.
-# Enough products for the pairs to converge: the vectors of unconverged ones amplify rounding.
-ESTIMATOR = Lanczos(k=2, m=32, tol=1e9, stop=0.0)
-
-
-def by_hand():
-    """The losses of the same run on one device, in a loop of jax, optax and the estimator alone."""
-    model = Noisy(nnx.Rngs(0), width=WIDE)
-    objective, params = Objective.from_model(model, lambda m, b: m(b["x"]), losses.SoftmaxCrossEntropy())
-    curvature, opt_state = ESTIMATOR.init(objective, params), OPTIMIZER.init(params)
-
-    @jax.jit
-    def step(t, objective, params, curvature, opt_state, batch):
-        key = jax.random.fold_in(jax.random.key(0), t)
-        noise = jax.random.fold_in(key, 0)
-        loss, grads, model_state, _ = objective.value_and_grad(params, batch, noise)
-        curvature = ESTIMATOR.refresh(curvature, objective, params, batch, jax.random.fold_in(key, 1))
-        updates, opt_state = OPTIMIZER.update(grads, opt_state, params, curvature=curvature)
-        return loss, objective.with_state(model_state), optax.apply_updates(params, updates), curvature, opt_state
-
-    batches, history = ArrayData(examples(), 16, seed=0).iterator(), []
-    for t in range(STEPS):
-        loss, objective, params, curvature, opt_state = step(t, objective, params, curvature, opt_state, next(batches))
-        history.append(float(loss))
-    assert jax.tree.leaves(params)[0].sharding.num_devices == 1
-    return history
-
-
-@pytest.fixture(scope="module")
-def one_device():
-    return by_hand()
-
-
-@pytest.mark.parametrize("layout", [dict(mesh={"data": 8}), dict(mesh=BOTH, sharding="fsdp")], ids=["data", "fsdp"])
-def test_training_does_not_depend_on_the_mesh(layout, one_device):
-    result = trainer(
-        model=lambda rngs: Noisy(rngs, width=WIDE),
-        steps=STEPS,
-        log_every=1,
-        optimizer=OPTIMIZER,
-        curvature=ESTIMATOR,
-        schedule=CurvatureSchedule(refresh_every=1),
-        **layout,
-    ).fit()
-    assert one_device[-1] < 0.7 * one_device[0]  # it trains
-    # Sums in another order, and 20 steps of Lanczos and Adam that amplify their rounding: 1e-6 was measured.
-    np.testing.assert_allclose(losses_of(result), one_device, rtol=2e-5)

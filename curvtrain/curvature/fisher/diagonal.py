@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from curvtrain.curvature import trees
@@ -28,8 +29,9 @@ class Diagonal(Curvature):
     """
 
     values: PyTree = ()
-    weight: jax.Array = dataclasses.field(default_factory=lambda: jnp.float32(0))
-    skipped: jax.Array = dataclasses.field(default_factory=lambda: jnp.int32(0))
+    # NumPy's: an array of JAX looks for devices, and `PSGD(Diagonal())` is written before processes are joined
+    weight: Any = dataclasses.field(default_factory=lambda: np.float32(0))
+    skipped: Any = dataclasses.field(default_factory=lambda: np.int32(0))
 
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
@@ -72,7 +74,7 @@ class DiagonalFisher(LayerEstimator[Diagonal]):
 
     def init(self, objective, params) -> Diagonal:
         self.coverage(objective, params)
-        return Diagonal(trees.zeros(params))
+        return Diagonal(trees.zeros(params), jnp.float32(0), jnp.int32(0))
 
     def update(self, curvature: Diagonal, objective, params, batch, key) -> Diagonal:
         coverage = self.coverage(objective, params)

@@ -1,0 +1,187 @@
+"""Every estimator's run on one device, eight, and two processes: the same losses; and its checkpoint moves among them.
+
+What the tests of this file need of one another is trained once, whichever of pytest's processes comes first: it is kept
+in a folder that they share.
+"""
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import run_meshes
+from cases import CASES
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec
+from run_meshes import ON, SAVED, STEPS, assert_opens, assert_planned, assert_same_bits, history, make, shards
+from run_small import leaves
+from tiny import on
+
+from curvtrain.curvature import Eigenpairs, KroneckerFactors
+from curvtrain.curvature.base import damping_hint
+from curvtrain.trainer import Call
+from curvtrain.trainer.checkpoint import Checkpoints
+
+CLOSE = dict(rtol=2e-5)  # sums in another order, and 50 steps that amplify their rounding: measured, 3e-6 at most
+RULES = [("inner/kernel", PartitionSpec(None, "tensor")), ("outer/kernel", PartitionSpec("tensor"))]
+MESHES = {  # name -> (devices, options)
+    "1": (1, {"mesh": {"data": 1}}),
+    "8": (8, {"mesh": {"data": 8}}),
+    "2 x 4": (8, {"mesh": {"data": 2, "fsdp": 4}, "sharding": "fsdp"}),
+    "2": (2, {"mesh": {"data": 2}}),
+    "4": (4, {"mesh": {"fsdp": 4}, "sharding": "fsdp"}),
+    "4 x 2": (8, {"mesh": {"data": 4, "fsdp": 2}, "sharding": "fsdp"}),
+    "tensor": (8, {"mesh": {"data": 2, "tensor": 4}, "sharding": RULES}),
+}
+FEW, LONG = 6, ("DiagonalFisher", "KFAC, stale")  # of two processes
+cases = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "meshes"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(quick_compile, shared):
+    """A cache of compiled programs, for the second of two equal trainers."""
+    options = {
+        "jax_compilation_cache_dir": str(shared / "cache"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """Makes the trainer of a case on one of the meshes."""
+
+    def function(name, mesh, workdir, **config):
+        devices, options = MESHES[mesh]
+        on(devices, monkeypatch)
+        return make(name, workdir=workdir, **options, **config)
+
+    for module in run_meshes.MODULES:
+        monkeypatch.setattr(module, "SMALLEST", 1)
+    return function
+
+
+@pytest.fixture
+def trained(build, shared, tmp_path):
+    """The folder of a case that was trained on a mesh: what it told, checkpoints and, at their steps, the leaves."""
+
+    def function(name, mesh):
+        folder, new = shared / f"{name} on {mesh}", tmp_path / f"trained on {mesh}"
+        if not folder.exists():
+            keep = Call(lambda run: np.savez(new / str(run.step), **leaves(run.state)), every=SAVED)
+            trainer = build(name, mesh, new / "run", save_every=SAVED, hooks=[keep])
+            np.save(new / "told", history(trainer.fit()))
+            with contextlib.suppress(OSError):  # another one was faster
+                new.rename(folder)
+        return folder
+
+    return function
+
+
+def move(source, workdir):
+    """The checkpoint of half of a run."""
+    shutil.copytree(source / "run" / str(SAVED), workdir / str(SAVED))
+    return workdir
+
+
+def assert_goes_on(told, whole):
+    """The same batches, and losses that are close."""
+    np.testing.assert_array_equal(told[:, 0], SAVED + 1 + np.arange(len(told)))
+    np.testing.assert_allclose(told, whole[SAVED : SAVED + len(told)], **CLOSE)
+
+
+@cases
+def test_the_same_losses(name, trained):
+    one, eight, split = (np.load(trained(name, mesh) / "told.npy") for mesh in ("1", "8", "2 x 4"))
+    np.testing.assert_array_equal(one[:, 0], 1 + np.arange(STEPS))
+    assert one[-5:, 1].mean() < 0.7 * one[:5, 1].mean()
+    np.testing.assert_allclose(eight, one, **CLOSE)
+    np.testing.assert_allclose(split, one, **CLOSE)
+
+
+@cases
+def test_a_checkpoint_moves(name, trained, build, tmp_path):
+    """To other meshes, bit by bit; on one device training goes on as it would have, and on the same mesh to the bit."""
+    source = trained(name, "2 x 4")
+    saved, whole = dict(np.load(source / f"{SAVED}.npz")), np.load(source / "told.npy")
+    columns = {"4": 2, "4 x 2": 4, "tensor": 2}  # of eight, that a device has
+    for mesh in ("1", "2", "4", "4 x 2", "tensor"):
+        trainer = build(name, mesh, move(source, tmp_path / mesh), steps=SAVED + ON)
+        state = assert_opens(trainer, saved)
+        for tree in (state.params, state.ema):
+            assert tree["inner"]["kernel"].addressable_shards[0].data.shape[1] == columns.get(mesh, 8)
+        if isinstance(state.curvature, KroneckerFactors) and state.curvature.slots == 8:
+            for X in state.curvature.factors.values():
+                assert X.addressable_shards[0].data.shape[0] == len(X) // MESHES[mesh][0]
+        if mesh == "1":
+            assert_goes_on(history(trainer.fit()), whole)
+
+    again = build(name, "2 x 4", move(source, tmp_path / "2 x 4"))
+    result, state = again.fit(), again.state
+    np.testing.assert_array_equal(history(result), whole[SAVED:])
+    assert_same_bits(shards(state), dict(np.load(source / f"{STEPS}.npz")))
+    assert_planned(again, state)
+    told = {n for row in result.history for n in row if n.startswith("curvature/")}
+    assert told == {f"curvature/{n}" for n in state.curvature.telemetry()}
+    if isinstance(state.curvature, KroneckerFactors):
+        assert damping_hint(state.opt_state) is not None and np.isfinite(state.curvature.damping)
+    if isinstance(state.curvature, Eigenpairs):
+        assert np.any(state.curvature.converged)
+
+
+def test_two_processes(trained, build, shared, tmp_path):
+    """Of four devices each, over which all is split: the same losses, and checkpoints move there and back.
+
+    Collectives of eight threads on two cores are slow: all 50 steps are those of some cases, in others a few tell.
+    """
+    steps = {name: STEPS if name in LONG else FEW for name in CASES}
+    for name in CASES:
+        source = trained(name, "2 x 4")
+        move(source, tmp_path / name / "moved")
+        shutil.copy(source / f"{SAVED}.npz", tmp_path / name / "saved.npz")
+    launcher = [sys.executable, "-m", "curvtrain.launch", "--processes", "2", "--devices", "4"]
+    done = subprocess.run(
+        [*launcher, run_meshes.__file__, json.dumps([str(tmp_path), steps])],
+        env={
+            **os.environ,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, count in steps.items():
+        whole, told = np.load(trained(name, "2 x 4") / "told.npy"), dict(np.load(tmp_path / name / "told.npz"))
+        np.testing.assert_allclose(told["fresh"], whole[:count], **CLOSE)
+        if count == STEPS:
+            assert_goes_on(told["moved"], whole)
+        trainer = build(name, "2 x 4", tmp_path / name / "two")
+        with Checkpoints(trainer.config) as checkpoints:
+            state, _ = checkpoints.restore(trainer._plan.state, trainer._plan.description())
+        for process in (0, 1):
+            assert_same_bits(pickle.loads((tmp_path / name / f"{process}.shards").read_bytes()), leaves(state))
