@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from curvtrain import losses
 from curvtrain.curvature import KFAC, DiagonalFisher, FullBlock, KroneckerDiagonal, UnitWise
+from curvtrain.curvature import mesh as curvature_mesh
 from curvtrain.curvature.kfac.factors import matrices_of
+from curvtrain.curvature.mesh import axes_for, spec_for
 from curvtrain.objective import Objective
 
 N, TIME, OUTPUTS = 6, 4, 3
@@ -494,8 +496,29 @@ def test_a_layer_used_twice_counts_every_use_as_an_example():
 def test_specs_are_those_of_the_parameters():
     objective, params = build(CASES["mlp, masked"])
     specs = jax.tree.map(lambda p: PartitionSpec(None, "fsdp") if p.ndim == 2 else PartitionSpec("fsdp"), params)
-    found = DiagonalFisher().partition_specs(DiagonalFisher().init(objective, params), specs, None)
+    mesh = AbstractMesh((2, 3), ("data", "fsdp"))
+    found = DiagonalFisher().partition_specs(DiagonalFisher().init(objective, params), specs, mesh)
     assert found.values == specs and found.weight == found.skipped == PartitionSpec()
+
+
+def test_blocks_are_split_by_their_number_or_their_rows(monkeypatch):
+    objective, params = build(CASES["mlp, masked"])
+    mesh = AbstractMesh((2, 3), ("data", "fsdp"))
+    for estimator in (UnitWise(), FullBlock()):
+        curvature = estimator.init(objective, params)
+        small = estimator.partition_specs(curvature, None, mesh)
+        assert set(jax.tree.leaves(small, is_leaf=lambda s: isinstance(s, PartitionSpec))) == {PartitionSpec()}
+    monkeypatch.setattr(curvature_mesh, "SMALLEST", 1)
+    for estimator in (UnitWise(), FullBlock()):
+        curvature = estimator.init(objective, params)
+        found = estimator.partition_specs(curvature, None, mesh)
+        for name, F in curvature.blocks.items():
+            axes = [axes_for(mesh.shape, n) for n in F.shape]
+            position = next((i for i, found in enumerate(axes) if found), None)
+            want = PartitionSpec() if position is None else spec_for(axes[position], position)
+            assert found.blocks[name] == found.vectors[name] == want
+        assert found.weight == found.refreshes == PartitionSpec()
+    assert any(spec != PartitionSpec() for spec in found.blocks.values())
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -654,5 +654,5 @@ def test_partition_specs():
     assert of(XMat()) == {"a": specs, "b": specs, "L": none, "seen": none}
     assert of(XMat("flat")) == dict.fromkeys(("a", "b", "L", "seen"), alone)
     assert of(Elementwise()) == {"q": specs, "L": none, "seen": none}
-    assert of(Dense())["Q"] == alone  # 18 rows
+    assert of(Dense())["Q"] == PartitionSpec("fsdp")  # 18 rows
     assert of(Dense(), Structure.of(np.zeros(16, np.float32)))["Q"] == PartitionSpec(("data", "fsdp"))
