@@ -19,6 +19,7 @@ import run_meshes
 from cases import CASES
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
+from lives import environment
 from run_meshes import ON, SAVED, STEPS, assert_opens, assert_planned, assert_same_bits, history, make, shards
 from run_small import leaves
 from tiny import on
@@ -163,13 +164,7 @@ def test_two_processes(trained, build, shared, tmp_path):
     launcher = [sys.executable, "-m", "curvtrain.launch", "--processes", "2", "--devices", "4"]
     done = subprocess.run(
         [*launcher, run_meshes.__file__, json.dumps([str(tmp_path), steps])],
-        env={
-            **os.environ,
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(shared / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        },
+        env={**environment(shared / "cache"), "XLA_FLAGS": os.environ["XLA_FLAGS"]},
         capture_output=True,
         text=True,
         timeout=900,

@@ -113,12 +113,13 @@ def _tapped_sums(objective, params, piece, key, coverage, statistic, fisher, giv
     seeds, weight = _seeds(objective, z, piece, key, fisher, who)
     found = _backward(lambda seed: vjp(seed.astype(z.dtype))[0], seeds)
     for layer in coverage.known:  # what does not depend on the cotangents was counted once for every backward pass
-        for name in _OF_INPUTS & found[layer.name].keys():
-            found[layer.name][name] = found[layer.name][name] / _number(seeds)
+        for name in _OF_INPUTS:  # in one order: several processes must write the same program
+            if name in found[layer.name]:
+                found[layer.name][name] = found[layer.name][name] / _number(seeds)
     return found, weight
 
 
-_OF_INPUTS = frozenset(("A", "rows", "counts", "A_head", "head_rows"))
+_OF_INPUTS = ("A", "rows", "counts", "A_head", "head_rows")
 
 
 def _plain_sums(objective, params, piece, key, coverage, fisher, who):
