@@ -5,6 +5,7 @@ softmax there are directions whose gradient is rounding alone, which an estimato
 as any other.
 """
 
+import contextlib
 import json
 import pickle
 import sys
@@ -31,7 +32,6 @@ from cases import CASES
 FEATURES, WIDTH, OUTPUTS = 4, 8, 4
 BATCH, STEPS = 32, 50
 SAVED, ON = 25, 3  # steps until a checkpoint moves, and after it
-MODULES = (sharding, curvature_mesh)  # whose SMALLEST is to be 1: split these small arrays too
 
 # Every pair counts, and every refresh takes all of its products: no threshold for rounding to fall on either side of.
 # Enough products for the pairs to converge: the vectors of unconverged ones amplify rounding.
@@ -87,6 +87,18 @@ def make(name, hooks=(), **config):
     )
 
 
+@contextlib.contextmanager
+def split_all():
+    """Small arrays are split over the mesh too."""
+    modules = (sharding, curvature_mesh)
+    before = [module.SMALLEST for module in modules]
+    for module in modules:
+        module.SMALLEST = 1
+    yield
+    for module, smallest in zip(modules, before, strict=True):
+        module.SMALLEST = smallest
+
+
 def history(result):
     """Of every step (which it ended, its loss, what tells its batch)."""
     return np.array([(row["step"], row["train/loss"], row["train/order"]) for row in result.history])
@@ -132,22 +144,23 @@ def assert_opens(trainer, whole):
 
 
 def main(folder, steps):
-    """Of each case, so many steps from the start, saved; and the checkpoint that is in its folder, with ON more."""
+    """Of each case, so many steps from the start, saved; and the checkpoint that is in its folder, on another mesh.
+
+    Of those that take all steps, ON more from that checkpoint.
+    """
     distributed.start()  # optimizers are made before their trainers
-    for module in MODULES:
-        module.SMALLEST = 1
-    layout = {"mesh": {"fsdp": 8}, "sharding": "fsdp"}
     for name, count in steps.items():
         case = Path(folder) / name
-        fresh = make(name, workdir=case / "two", steps=count, **layout)
+        fresh = make(name, workdir=case / "two", steps=count, mesh={"data": 2, "tensor": 4})
         told = {"fresh": history(fresh.fit())}
         (case / f"{jax.process_index()}.shards").write_bytes(pickle.dumps(shards(fresh.state)))
 
-        moved = make(name, workdir=case / "moved", steps=SAVED + ON, **layout)
-        with np.load(case / "saved.npz") as saved:
-            assert_opens(moved, dict(saved))
-        if count == STEPS:
-            told["moved"] = history(moved.fit())
+        with split_all():
+            moved = make(name, workdir=case / "moved", steps=SAVED + ON, mesh={"fsdp": 8}, sharding="fsdp")
+            with np.load(case / "saved.npz") as saved:
+                assert_opens(moved, dict(saved))
+            if count == STEPS:
+                told["moved"] = history(moved.fit())
         if jax.process_index() == 0:
             np.savez(case / "told.npz", **told)
 

@@ -78,9 +78,8 @@ def build(monkeypatch):
         on(devices, monkeypatch)
         return make(name, workdir=workdir, **options, **config)
 
-    for module in run_meshes.MODULES:
-        monkeypatch.setattr(module, "SMALLEST", 1)
-    return function
+    with run_meshes.split_all():
+        yield function
 
 
 @pytest.fixture
@@ -152,7 +151,7 @@ def test_a_checkpoint_moves(name, trained, build, tmp_path):
 
 
 def test_two_processes(trained, build, shared, tmp_path):
-    """Of four devices each, over which all is split: the same losses, and checkpoints move there and back.
+    """Of four devices each: the same losses, and checkpoints move there and back.
 
     Collectives of eight threads on two cores are slow: all 50 steps are those of some cases, in others a few tell.
     """
