@@ -9,6 +9,8 @@ FLAGS = {
     "xla_force_host_platform_device_count": "8",
     "xla_backend_optimization_level": "0",  # tests spend their time in the compiler: this halves it,
     "xla_cpu_use_fusion_emitters": "false",  # and this does so once more, of large programs it leaves a third
+    "xla_cpu_collective_call_warn_stuck_timeout_seconds": "120",  # of eight devices' threads on two busy cores:
+    "xla_cpu_collective_call_terminate_timeout_seconds": "600",  # after 40 s of waiting XLA would abort the process
 }
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
