@@ -31,7 +31,6 @@ from curvtrain.trainer.plan import HORIZON, Plan
 from curvtrain.trainer.progress import Clock, ProgressReport
 from curvtrain.trainer.sharding import batch_shards, process_rows
 from curvtrain.trainer.state import TrainState
-from curvtrain.trainer.step import telemetry
 from curvtrain.trainer.workdir import claimed
 from curvtrain.trainer.writers import open_writers
 
@@ -260,7 +259,9 @@ class Loop:
         rate = len(window) / self._clock.seconds
         self._clock.restart()
         scalars = {f"train/{name}": value for name, value in compute(functools.reduce(merge, window)).items()}
-        seen = {name: float(value) for name, value in jax.device_get(telemetry(self.state)).items()}
+        with self._clock.pause():  # it is compiled at the first log
+            seen = jax.device_get(self.plan.telemetry(self.state.curvature))
+        seen = {name: float(value) for name, value in seen.items()}
         scalars |= {name: value for name, value in seen.items() if math.isfinite(value)}  # no eigenpairs yet: infinite
         scalars["steps_per_second"] = rate
         self._record(self.view.step, scalars)

@@ -25,7 +25,7 @@ from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.data import CURVATURE, Batch, check_arrays, eval_batches, make_train_data
 from curvtrain.trainer.report import DryRun, ProgramReport, StateReport
 from curvtrain.trainer.state import TrainState
-from curvtrain.trainer.step import Kind, MetricsFn, eval_step, train_step
+from curvtrain.trainer.step import Kind, MetricsFn, eval_step, telemetry, train_step
 
 PyTree = Any
 
@@ -271,6 +271,11 @@ class Plan:
             eval_step(self.objective, self.task.metrics, self.state.params),
             out_shardings=NamedSharding(self.mesh, PartitionSpec()),
         )
+
+    @functools.cached_property
+    def telemetry(self) -> Callable[[Any], dict[str, jax.Array]]:
+        """Scalars of the curvature; in one program, for many small ones at once can wait for each other's devices."""
+        return jax.jit(telemetry, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
 
     @functools.cached_property
     def all_finite(self) -> Callable[[PyTree], jax.Array]:

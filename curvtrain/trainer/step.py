@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvtrain.curvature.base import CurvatureEstimator, damping_hint
+from curvtrain.curvature.base import Curvature, CurvatureEstimator, damping_hint
 from curvtrain.objective import Objective
 from curvtrain.trainer.metrics import Metrics, measure, reduce_pieces
 from curvtrain.trainer.state import TrainState
@@ -115,8 +115,8 @@ def eval_step(objective: Objective, metrics_fn: MetricsFn, like: PyTree) -> Call
     return step
 
 
-def telemetry(state: TrainState) -> dict[str, jax.Array]:
+def telemetry(curvature: Curvature | None) -> dict[str, jax.Array]:
     """Scalars of the curvature, for the log."""
-    if state.curvature is None:
+    if curvature is None:
         return {}
-    return {f"curvature/{name}": jnp.asarray(value) for name, value in state.curvature.telemetry().items()}
+    return {f"curvature/{name}": jnp.asarray(value) for name, value in curvature.telemetry().items()}
