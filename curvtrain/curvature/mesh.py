@@ -29,9 +29,9 @@ def spec_for(axes: tuple[str, ...], position: int = 0) -> PartitionSpec:
     return PartitionSpec(*[None] * position, axes if len(axes) > 1 else axes[0]) if axes else PartitionSpec()
 
 
-def spread_spec(mesh: Mapping[str, int], shape: Sequence[int], smallest: int | None = None) -> PartitionSpec:
+def spread_spec(mesh: Mapping[str, int], shape: Sequence[int]) -> PartitionSpec:
     """Of an array that is nobody's copy: split along the first of its axes that a part of the mesh divides."""
-    if math.prod(shape) < (SMALLEST if smallest is None else smallest):
+    if math.prod(shape) < SMALLEST:
         return PartitionSpec()
     options = ((axes_for(mesh, length), position) for position, length in enumerate(shape))
     return next((spec_for(axes, position) for axes, position in options if axes), PartitionSpec())

@@ -29,7 +29,6 @@ from curvtrain.trainer.hooks import Hook, Run
 from curvtrain.trainer.metrics import Metrics, compute, merge
 from curvtrain.trainer.plan import HORIZON, Plan
 from curvtrain.trainer.progress import Clock, ProgressReport
-from curvtrain.trainer.sharding import batch_shards, process_rows
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.workdir import claimed
 from curvtrain.trainer.writers import open_writers
@@ -196,7 +195,6 @@ class Loop:
         options = {f"TrainerConfig({name})": repr(value) for name, value in vars(self.config).items()}
         del options["TrainerConfig(progress)"]
         rest = {
-            "pieces of a batch on each process": batch_shards(plan.mesh) // process_rows(plan.mesh)[1],
             "checksum of eval_data's first batch": data,
             "CurvatureSchedule (checksum of its steps)": _crc(" ".join(kinds)),
         }

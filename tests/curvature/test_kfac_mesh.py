@@ -196,8 +196,13 @@ def test_sizes_share_stacks():
     counts = collections.Counter((a + 1, b) for a, b in itertools.pairwise(sizes))
     stacks = owners._sizes(counts, 8)
     assert stacks == (31, 251, 785, 1001)
-    shares, used = owners._shares(counts, owners._homes(counts, stacks), 8)
-    assert sum(D * D * entries.max() for D, entries in used.items()) <= 1.05 * (1001**2 + 784**2)
+    each = sorted({d for shape in counts for d in shape})
+    owned = lambda stacks: owners._shares(counts, owners._homes(counts, stacks), 8)
+    numbers = lambda stacks: sum(D * D * entries.max() for D, entries in owned(stacks)[1].items())
+    even = sum(count * (a * a + g * g) for (a, g), count in counts.items()) / 8
+    assert numbers(stacks) <= 1.05 * (1001**2 + 784**2)
+    assert round(numbers(stacks) / even, 1) == 2.1 and round(numbers(each) / even, 1) == 4.8
+    shares, _ = owned(stacks)
     assert all(sum(share) == counts[shape] for shape, share in shares.items())
     assert owners._sizes(counts, 1) == tuple(sorted({d for shape in counts for d in shape}))
     assert owners._sizes({(5, 7): 16}, 16) == (5, 7)  # nothing to save

@@ -366,7 +366,7 @@ def to_parameters(blocks: "Blocks") -> dict[str, jax.Array]:
     for name, (members, stack) in layout_of(blocks.coverage, blocks.slots).blocks:
         X = blocks.stacks[name]
         axis = None if whole else next((i for i in (2, 1) if X.shape[i] % devices == 0), None)
-        if home and stack.slots >= 2 * len(stack.at):
+        if stack.slots >= 2 * len(stack.at):
             X, stack = _summed(X, stack, home, axis), _stack([0] * len(stack.at), 1)
         else:
             X = everywhere(X) if axis is None else jax.lax.with_sharding_constraint(X, spec_for(axes, axis))

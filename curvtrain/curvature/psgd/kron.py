@@ -473,4 +473,4 @@ def factor_spec(side: Side, leaf: Any, axis: Any, mesh: jax.sharding.Mesh) -> Pa
     names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
     if names and leaf.ndim > 1 and leaf.shape[1] % size(names) == 0 and (side.kind != "dense" or side.count > 1):
         return PartitionSpec(None, axis)
-    return spread_spec(mesh.shape, leaf.shape[:3], smallest=0)
+    return spread_spec(mesh.shape, leaf.shape)
