@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvtrain._outputs import floats, with_floats
+
 Batch = Mapping[str, Any]
 
 RESERVED = ("mask", "weights")  # the entries of a batch that weight its examples
@@ -83,12 +85,13 @@ class Loss(abc.ABC):
     def hessian_product(self, outputs: Any, batch: Batch, tangent: Any) -> Any:
         """H_l times `tangent`, per example and times its weight; the Hessian is taken in output space.
 
-        Shapes: `outputs`, `tangent` and the result are alike. It is the jvp of the gradient, exact for any loss
-        whose example i depends on the outputs of example i alone.
+        Shapes: `outputs`, `tangent` and the result are alike; leaves that are not floating-point numbers are neither
+        read in the tangent nor changed in the result. It is the jvp of the gradient, exact for any loss whose example
+        i depends on the outputs of example i alone.
         """
         weights = self.weights(outputs, batch)
-        gradient = jax.grad(lambda z: jnp.sum(weights * self.values(unmasked(z, weights), batch)))
-        return jax.jvp(gradient, (outputs,), (tangent,))[1]
+        total = lambda z: jnp.sum(weights * self.values(unmasked(with_floats(outputs, z), weights), batch))
+        return with_floats(outputs, jax.jvp(jax.grad(total), (floats(outputs),), (floats(tangent),))[1])
 
     def hessian_columns(self, outputs: jax.Array) -> jax.Array:
         """S with sum_c S[c] S[c]^T = H_l for each example, shape (columns, *outputs.shape); unweighted."""

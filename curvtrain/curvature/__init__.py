@@ -2,6 +2,7 @@
 
 from curvtrain.curvature.base import Curvature as Curvature
 from curvtrain.curvature.base import CurvatureEstimator as CurvatureEstimator
+from curvtrain.curvature.base import Estimate as Estimate
 from curvtrain.curvature.capture import Layer as Layer
 from curvtrain.curvature.capture import register_layer as register_layer
 from curvtrain.curvature.eigenpairs import Eigenpairs as Eigenpairs
@@ -29,4 +30,5 @@ from curvtrain.curvature.psgd import Kron as Kron
 from curvtrain.curvature.psgd import LowRank as LowRank
 from curvtrain.curvature.psgd import Preconditioner as Preconditioner
 from curvtrain.curvature.psgd import XMat as XMat
+from curvtrain.curvature.request import Request as Request
 from curvtrain.curvature.schedule import CurvatureSchedule as CurvatureSchedule

@@ -1,22 +1,53 @@
 """The two halves of curvature: an estimator, which is configuration, and what it maintains, which is arrays.
 
 Three costs are kept apart: absorbing a batch (`update`, cheap), factorising (`refresh`, dear) and applying
-(`Curvature.solve`, every step).
+(`Curvature.solve`, every step). What an estimator maintains is one of two things:
+
+* a `Curvature` C, a symmetric matrix: `solve(v, damping)` is (C + damping I)^-1 v, right for any damping;
+* a fitted preconditioner P (`curvature.PSGD`), which is used as it is: `apply(v)` is P v. It has no damping.
 """
 
 import abc
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
-import optax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
-from curvtrain.objective import Objective
+from curvtrain.objective import Measure, Objective, Path, by_path
 
 PyTree = Any
 
 
-class Curvature(abc.ABC):
-    """An estimate C of the curvature at the parameters: a pytree of arrays that acts as a symmetric matrix."""
+class Estimate(abc.ABC):
+    """What an estimator maintains: a pytree of arrays that acts on vectors like the parameters."""
+
+    def like(self) -> PyTree:
+        """Shapes and dtypes of the vectors that it acts on: `jax.ShapeDtypeStruct`s, structured like the parameters.
+
+        None, the default: it takes vectors as they come, and acts on all parameters or none.
+        """
+        return None
+
+    def groups(self) -> tuple[tuple[Path, ...], ...]:
+        """Paths of the parameters in groups that do not mix: what it does to one group depends on that group alone.
+
+        It can be restricted to any union of groups by putting zeros elsewhere. The default is one group.
+        """
+        return (tuple(by_path(self.like())),)
+
+    def telemetry(self) -> dict[str, jax.Array]:
+        """Scalars worth logging, by name. Cheap: it is computed with every logged step."""
+        return {}
+
+
+class Curvature(Estimate):
+    """An estimate C of the curvature at the parameters: it acts as a symmetric matrix.
+
+    C may be indefinite. Then `solve` is the inverse of the matrix as it is, (value + damping)^-1 along an eigenvector,
+    whatever the sign; `power` is its real power, and NaN where there is none: where value + damping is negative and
+    the exponent no integer. Neither clips eigenvalues.
+    """
 
     @abc.abstractmethod
     def matvec(self, vector: PyTree) -> PyTree:
@@ -25,10 +56,6 @@ class Curvature(abc.ABC):
     @abc.abstractmethod
     def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
         """(C + damping I)^-1 v, right for any damping."""
-
-    @abc.abstractmethod
-    def as_matrix(self) -> jax.Array:
-        """C as a dense (n, n) matrix in `ravel_pytree(params)` order. Tests and small problems only."""
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
         """(C + damping I)^exponent v.
@@ -39,18 +66,37 @@ class Curvature(abc.ABC):
             return self.solve(vector, damping)
         raise TypeError(
             f"{type(self).__name__} has no power {exponent} of (C + damping I): only -1, which is `solve`. Curvatures "
-            f"with an eigenbasis have them all: Diagonal, Eigenpairs, KFAC(inverse='eigh')."
+            f"with an eigenbasis have them all: those of Lanczos, DiagonalFisher, KroneckerDiagonal, UnitWise, "
+            f"FullBlock and KFAC(inverse='eigh' or 'ekfac')."
         )
 
-    def telemetry(self) -> dict[str, jax.Array]:
-        """Scalars worth logging, by name. Cheap: it is computed with every logged step."""
-        return {}
+    def diagonal(self) -> PyTree:
+        """The diagonal of C, float32, like the parameters."""
+        raise TypeError(
+            f"{type(self).__name__} does not know its diagonal. Curvatures of Lanczos, DiagonalFisher, "
+            f"KroneckerDiagonal, UnitWise, FullBlock and KFAC do."
+        )
+
+    def logdet(self, damping: jax.Array | float) -> jax.Array:
+        """log |det(C + damping I)|, a float32 scalar."""
+        raise TypeError(
+            f"{type(self).__name__} does not know its determinant. Curvatures of Lanczos, DiagonalFisher, "
+            f"KroneckerDiagonal, UnitWise, FullBlock and KFAC do."
+        )
+
+    def as_matrix(self) -> jax.Array:
+        """C as a dense (n, n) matrix in `ravel_pytree(params)` order. Tests and small problems only."""
+        if self.like() is None:
+            raise TypeError(f"{type(self).__name__} does not say which vectors it acts on: give it a method like().")
+        flat, unravel = ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), self.like()))
+        column = lambda e: ravel_pytree(self.matvec(unravel(e)))[0]
+        return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
-C = TypeVar("C", bound=Curvature)
+E = TypeVar("E", bound=Estimate)
 
 
-class CurvatureEstimator(abc.ABC, Generic[C]):
+class CurvatureEstimator(abc.ABC, Generic[E]):
     """Configuration that knows how to estimate a curvature. Frozen, hashable, checked when it is built.
 
     All methods are pure functions of arrays: they can be jitted, and their curvature argument donated.
@@ -60,28 +106,49 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
     factorises: ClassVar[bool] = True  # whether `refresh` does
 
     @abc.abstractmethod
-    def init(self, objective: Objective | None, params: PyTree) -> C:
+    def init(self, objective: Objective | None, params: PyTree) -> E:
         """The curvature before any data. Works under `jax.eval_shape`. `objective` is None where it comes later."""
 
     @abc.abstractmethod
-    def update(self, curvature: C, objective: Objective, params: PyTree, batch: Any, key: jax.Array) -> C:
-        """Absorbs a batch: cheap enough for every step."""
+    def update(
+        self, curvature: E, objective: Objective, params: PyTree, batch: Any, key: jax.Array, *, grads: PyTree = None
+    ) -> E:
+        """Absorbs a batch: cheap enough for every step.
+
+        Args:
+          curvature: as it was.
+          objective, params, batch, key: as for `objective.loss`.
+          grads: the gradient of the mean loss for these arguments, where the caller has it. An estimator that needs
+            just that takes it, and computes nothing again; with None it computes its own.
+        """
 
     @abc.abstractmethod
     def refresh(
         self,
-        curvature: C,
+        curvature: E,
         objective: Objective,
         params: PyTree,
         batch: Any,
         key: jax.Array,
         damping: jax.Array | float | None = None,
-    ) -> C:
+    ) -> E:
         """Factorises or solves for eigenpairs: dear, now and then. `damping` hints at what `solve` will be asked."""
 
     @abc.abstractmethod
-    def partition_specs(self, curvature: C, param_specs: PyTree, mesh: jax.sharding.Mesh) -> Any:
+    def partition_specs(self, curvature: E, param_specs: PyTree, mesh: jax.sharding.Mesh) -> Any:
         """A `PartitionSpec` for every leaf of the curvature, given those of the parameters."""
+
+    def measure(self, curvature: E, objective: Objective, params: PyTree, batch: Any, key: jax.Array) -> Measure | None:
+        """What `update` wants of the backward passes of the batch; None if it makes its own, or needs none.
+
+        A training step takes it together with the gradient, `Objective.value_grad_and_measure`, in one forward pass
+        over every piece of the batch, and hands the result to `absorb` in the place of a call of `update`.
+        """
+        return None
+
+    def absorb(self, curvature: E, measured: tuple[PyTree, jax.Array], key: jax.Array) -> E:
+        """The curvature with one more batch: what `measure` found, (sums, total weight). For those that measure."""
+        raise TypeError(f"{type(self).__name__} measures nothing in the backward passes of a batch: call update().")
 
     def choices(self, objective: Objective, params: PyTree, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         """Options that were left open and whose best value depends on the mesh, as plain JSON.
@@ -94,19 +161,3 @@ class CurvatureEstimator(abc.ABC, Generic[C]):
     def overview(self, objective: Objective, params: PyTree) -> str:
         """A table of what is estimated of which parameter, printed when training starts; empty if there is none."""
         return ""
-
-
-def damping_hint(opt_state: PyTree) -> jax.Array | None:
-    """The damping that an optimizer will ask of `Curvature.solve`: the scalar named `damping` in its state.
-
-    A field comes before an entry of a dictionary: the options that `optax.inject_hyperparams` keeps are those of the
-    step to come or of the one before, the field is what the optimizer itself says. None if there is none, or several.
-    """
-    named = [
-        (path, value)
-        for path, value in optax.tree.get_all_with_path(opt_state, "damping")
-        if isinstance(value, jax.Array) and value.ndim == 0
-    ]
-    fields = [value for path, value in named if isinstance(path[-1], optax.tree_utils.NamedTupleKey)]
-    scalars = fields or [value for _, value in named]
-    return scalars[0] if len(scalars) == 1 else None

@@ -45,6 +45,9 @@ class Eigenpairs(Curvature):
         if self.converged is None and isinstance(self.residuals, jax.Array):
             object.__setattr__(self, "converged", self.residuals <= 0.1 * jnp.abs(self.values))
 
+    def like(self) -> PyTree:
+        return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), self.vectors)
+
     def coefficients(self, vector: PyTree) -> jax.Array:
         """V v, zero for the pairs that have not converged: float32 (k + l,)."""
         return jnp.where(self.converged, trees.coefficients(self.vectors, vector), 0.0)
@@ -69,13 +72,13 @@ class Eigenpairs(Curvature):
         return trees.add(trees.scale(1.0 / damping, trees.float32(vector)), inside)
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
-        """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors; negative values count as zero."""
+        """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors."""
         if exponent == -1.0:
             return self.solve(vector, damping)
         if isinstance(damping, int | float) and damping <= 0:
             raise ValueError(f"Eigenpairs.power(damping) should be positive (C has low rank), not {damping}.")
         outside = jnp.float32(damping) ** exponent
-        inside = (jnp.maximum(self.values, 0.0) + damping) ** exponent - outside
+        inside = (self.values + damping) ** exponent - outside
         inside = self.combine(jnp.where(self.converged, inside, 0.0) * self.coefficients(vector))
         return trees.add(trees.scale(outside, trees.float32(vector)), inside)
 
@@ -83,6 +86,15 @@ class Eigenpairs(Curvature):
         V = trees.matrix(self.vectors)
         with trees.exact():
             return (V * jnp.where(self.converged, self.values, 0.0)[:, None]).T @ V
+
+    def diagonal(self) -> PyTree:
+        values = jnp.where(self.converged, self.values, 0.0)
+        return jax.tree.map(lambda v: jnp.tensordot(values, jnp.square(v), axes=1), self.vectors)
+
+    def logdet(self, damping: jax.Array | float) -> jax.Array:
+        """log |det(C + damping I)|, outside the eigenvectors that of damping I."""
+        inside = jnp.where(self.converged, jnp.log(jnp.abs(self.values + damping)) - jnp.log(damping), 0.0)
+        return trees.size(self.like()) * jnp.log(jnp.float32(damping)) + jnp.sum(inside)
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and smallest value, worst relative residual of the used pairs, how many are used, products spent."""

@@ -101,7 +101,7 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
             failures=jnp.int32(0),
         )
 
-    def update(self, curvature: Eigenpairs, objective, params, batch, key) -> Eigenpairs:
+    def update(self, curvature: Eigenpairs, objective, params, batch, key, *, grads=None) -> Eigenpairs:
         return curvature
 
     def refresh(self, curvature: Eigenpairs, objective, params, batch, key, damping=None) -> Eigenpairs:

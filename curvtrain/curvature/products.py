@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from curvtrain import _checks
+from curvtrain._outputs import floats, with_floats
 from curvtrain.curvature import trees
 from curvtrain.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, unmasked, weight_like
 from curvtrain.objective import Objective, safe
@@ -70,9 +71,9 @@ def ggnvp(objective: Objective, params: PyTree, vector: PyTree, batch: Any, key:
     loss = objective.loss_of_outputs
 
     def product(params, vector, piece, key):
-        z, Jv, vjp = _linearised_outputs(objective, params, vector, piece, key)
-        HJv = loss.hessian_product(z, piece, Jv)  # Jv → H J v, weights included
-        return vjp(HJv)[0], jnp.sum(loss.weights(z, piece))  # H J v → J^T H J v
+        z, Jv, pull = _linearised_outputs(objective, params, vector, piece, key)
+        HJv = loss.hessian_product(z, piece, with_floats(z, Jv))  # Jv → H J v, weights included
+        return pull(floats(HJv))[0], jnp.sum(loss.weights(z, piece))  # H J v → J^T H J v
 
     return _mean_product(product, objective, params, vector, batch, key)
 
@@ -89,10 +90,14 @@ def ggn_gram(
     params, vectors = trees.float32(params), [trees.float32(v) for v in vectors]
 
     def sums(piece, key):
-        z, J = jax.linearize(lambda p: objective.predict(p, piece, key), params)
+        def outputs(p):
+            z = objective.predict(p, piece, key)
+            return floats(z), z
+
+        _, J, z = jax.linearize(outputs, params, has_aux=True)
         Jv = [J(v) for v in vectors]
-        HJv = [loss.hessian_product(z, piece, u) for u in Jv]  # weights included
-        inner = lambda a, b: jnp.sum((a * b).astype(jnp.float32))
+        HJv = [floats(loss.hessian_product(z, piece, with_floats(z, u))) for u in Jv]  # weights included
+        inner = lambda a, b: sum(jnp.sum((x * y).astype(jnp.float32)) for x, y in zip(a, b, strict=True))
         return jnp.stack([jnp.stack([inner(u, h) for h in HJv]) for u in Jv]), jnp.sum(loss.weights(z, piece))
 
     total, weight = objective.accumulate(sums, batch, key)
@@ -127,12 +132,14 @@ def fvp(
         raise ValueError("fvp(fisher='sampled') draws targets from the model and needs a key.")
 
     def product(params, vector, piece, key):
-        z, Jv, vjp = _linearised_outputs(objective, params, vector, piece, key)
+        z, Jv, pull = _linearised_outputs(objective, params, vector, piece, key)
         targets = loss.sample_targets(z, piece, jax.random.fold_in(key, 1)) if fisher == "sampled" else piece
         w = loss.weights(z, piece)
-        r = jax.grad(lambda z: jnp.sum(loss.values(unmasked(z, w), targets)))(z)  # r_i = dl/dz_i, so g_i = J_i^T r_i
-        along = jnp.sum((r * Jv).astype(jnp.float32), axis=tuple(range(w.ndim, z.ndim)))  # g_i . v
-        return vjp((weight_like(w * along, z) * r).astype(z.dtype))[0], jnp.sum(w)
+        values = lambda leaves: jnp.sum(loss.values(unmasked(with_floats(z, leaves), w), targets))
+        r = jax.grad(values)(floats(z))  # r_i = dl/dz_i, so g_i = J_i^T r_i
+        inner = lambda r, Jv: jnp.sum((r * Jv).astype(jnp.float32), axis=tuple(range(w.ndim, r.ndim)))
+        along = sum(map(inner, r, Jv))  # g_i . v
+        return pull([(weight_like(w * along, r) * r).astype(r.dtype) for r in r])[0], jnp.sum(w)
 
     return _mean_product(product, objective, params, vector, batch, key)
 
@@ -153,11 +160,15 @@ def as_matrix(matvec: Callable[[PyTree], PyTree], params: PyTree) -> jax.Array:
 
 
 def _linearised_outputs(objective, params, vector, piece, key):
-    """(z, J v, the function u -> J^T u) of one piece."""
-    outputs = lambda p: objective.predict(p, piece, key)
-    z, vjp = jax.vjp(outputs, params)
-    Jv = jax.jvp(outputs, (params,), (vector,))[1]  # v → J v; XLA shares the forward pass with the vjp
-    return z, Jv, vjp
+    """(outputs z of one piece, J v, the function u -> J^T u); J v and u are lists of z's floating-point leaves."""
+
+    def outputs(p):
+        z = objective.predict(p, piece, key)
+        return floats(z), z
+
+    _, pull, z = jax.vjp(outputs, params, has_aux=True)
+    Jv = jax.jvp(outputs, (params,), (vector,), has_aux=True)[1]  # v → J v; XLA shares the forward pass with the vjp
+    return z, Jv, pull
 
 
 def _mean_product(product, objective, params, vector, batch, key):

@@ -2,11 +2,14 @@
 
 import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from curvtrain import _checks
+from curvtrain.curvature.request import Request
 
 Period = int | Callable[[int], int]
+
+REFRESH_EVERY = 100  # steps, unless the schedule or the optimizer says otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +17,10 @@ class CurvatureSchedule:
     """Which steps absorb their batch (`update`) and which factorise or eigensolve (`refresh`).
 
     Attributes:
-      update_every, refresh_every: periods in steps, an int or a function `step -> int` (an annealed frequency). The
-        first update and refresh happen at step `start`, before that step's parameters move.
+      update_every, refresh_every: periods in steps, an int or a function `step -> int` (an annealed frequency): after
+        an update at step t, the next is at step t + period(t). The first update and refresh happen at step `start`,
+        before that step's parameters move. `refresh_every=None`: as often as the optimizer adapts its damping, so that
+        what is factorised fits it (`optim.kfac()`: every 5 steps); for others every 100 steps.
       start: the first step (counted from 0) with curvature. Until then, optimizers see the initial, empty one.
       batch_size: number of examples that a refresh sees; None is the training batch itself. A larger number is drawn
         from a stream of its own, so the order of the training data does not depend on it, and is micro-batched.
@@ -25,15 +30,18 @@ class CurvatureSchedule:
     """
 
     update_every: Period = 1
-    refresh_every: Period = 100
+    refresh_every: Period | None = None
     start: int = 0
     batch_size: int | None = None
     update_first: bool = True
 
     def __post_init__(self):
+        object.__setattr__(self, "_times", {})  # what functions of the step gave so far, by function
+        if self.update_every is None:
+            raise TypeError("CurvatureSchedule(update_every) should be an integer or a function of the step, not None.")
         for name in ("update_every", "refresh_every"):
             period = getattr(self, name)
-            if not callable(period):
+            if period is not None and not callable(period):
                 _checks.positive_int(f"CurvatureSchedule({name})", period)
         _checks.positive_int("CurvatureSchedule(start)", self.start, minimum=0)
         if self.batch_size is not None:
@@ -45,18 +53,42 @@ class CurvatureSchedule:
 
     def refreshes(self, step: int) -> bool:
         """Whether curvature is factorised at this step."""
-        return self._due(step, self.refresh_every)
+        return self._due(step, REFRESH_EVERY if self.refresh_every is None else self.refresh_every)
+
+    def settled(self, found: Sequence[Request]) -> "CurvatureSchedule":
+        """The same schedule with `refresh_every` fixed, for an optimizer with these requests."""
+        if self.refresh_every is not None:
+            return self
+        periods = [request.damping_every for request in found if request.damping_every is not None]
+        return dataclasses.replace(self, refresh_every=min(periods, default=REFRESH_EVERY))
 
     def _due(self, step: int, period: Period) -> bool:
         if step < self.start:
             return False
-        every = period(step) if callable(period) else period
-        try:
-            every = operator.index(every)  # a fraction would be due at the steps that it happens to divide
-        except TypeError:
-            raise TypeError(
-                f"A period of CurvatureSchedule should be an integer, not {every!r} at step {step}."
-            ) from None
-        if every < 1:
-            raise ValueError(f"A period of CurvatureSchedule should be at least 1 step, not {every} at step {step}.")
-        return (step - self.start) % every == 0
+        if not callable(period):
+            return (step - self.start) % period == 0
+        return self._times.setdefault(period, _Times(period, self.start)).has(step)
+
+
+class _Times:
+    """The steps t, t + period(t), ... from a start, as far as they were asked for."""
+
+    def __init__(self, period: Callable[[int], int], start: int):
+        self._period, self._last, self._found = period, start, {start}
+
+    def has(self, step: int) -> bool:
+        """Whether a step is one of them."""
+        while self._last < step:
+            self._last += _checked_period(self._period(self._last), self._last)
+            self._found.add(self._last)
+        return step in self._found
+
+
+def _checked_period(every: object, step: int) -> int:
+    try:
+        every = operator.index(every)  # a fraction is no number of steps
+    except TypeError:
+        raise TypeError(f"A period of CurvatureSchedule should be an integer, not {every!r} at step {step}.") from None
+    if every < 1:
+        raise ValueError(f"A period of CurvatureSchedule should be at least 1 step, not {every} at step {step}.")
+    return every

@@ -1,6 +1,5 @@
 """Optax transformations that consume a curvature."""
 
-from curvtrain.optim.base import self_contained as self_contained
 from curvtrain.optim.fosi import fosi as fosi
 from curvtrain.optim.fosi_dropin import fosi_adam as fosi_adam
 from curvtrain.optim.fosi_dropin import fosi_momentum as fosi_momentum
@@ -17,3 +16,4 @@ from curvtrain.optim.psgd_dropin import low_rank_approximation as low_rank_appro
 from curvtrain.optim.psgd_dropin import precond_update_prob_schedule as precond_update_prob_schedule
 from curvtrain.optim.psgd_dropin import xmat as xmat
 from curvtrain.optim.scale_by_curvature import scale_by_curvature as scale_by_curvature
+from curvtrain.optim.self_contained import self_contained as self_contained

@@ -1,18 +1,17 @@
-"""What every curvature-consuming optimizer shares: extra arguments, and a wrapper that carries its own curvature."""
+"""What optimizers that consume a curvature share: how they get it, and how vectors pass between them and it."""
 
-import functools
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from curvtrain.curvature.base import Curvature, CurvatureEstimator, damping_hint
-from curvtrain.curvature.schedule import CurvatureSchedule
-from curvtrain.objective import Objective
+from curvtrain.curvature.base import Estimate
+from curvtrain.objective import by_path, path_name
 
 PyTree = Any
-C = TypeVar("C", bound=Curvature)
+C = TypeVar("C", bound=Estimate)
+Convert = Callable[[PyTree], PyTree]
 
 
 def require_curvature(optimizer: str, curvature: Any, kind: type[C], estimator: str) -> C:
@@ -44,99 +43,63 @@ def require_params(optimizer: str, params: Any) -> None:
         raise ValueError(f"{optimizer} needs the parameters: call update(grads, state, params).")
 
 
-class SelfContainedState(NamedTuple):
-    """The optimizer's state with the curvature inside.
+def vectors_for(optimizer: str, curvature: Estimate, updates: PyTree) -> tuple[Convert, Convert]:
+    """How an optimizer's vectors become vectors of its curvature, and back.
 
-    Attributes:
-      count: int32 (), updates so far.
-      inner: the wrapped optimizer's state.
-      curvature: what the estimator maintains.
-      key: the random key that estimators are given, folded with `count`.
-    """
-
-    count: jax.Array
-    inner: optax.OptState
-    curvature: Any
-    key: jax.Array
-
-
-def self_contained(
-    tx: optax.GradientTransformation,
-    estimator: CurvatureEstimator,
-    schedule: CurvatureSchedule,
-    objective: Objective | None = None,
-    *,
-    batch: Any = None,
-    seed: int = 0,
-) -> optax.GradientTransformationExtraArgs:
-    """`tx` with its curvature inside its own state, for a plain optax loop or `nnx.Optimizer`.
-
-    The schedule is decided inside `update` with `lax.cond`, so that it works in any jitted step; a `Trainer`, which
-    decides on the host, does not pay for that.
+    The two may come in different containers (`nnx.State` and dicts), and the optimizer may see a part of what the
+    curvature was estimated for (`optax.masked`, `optax.multi_transform`): the rest of the vector is then zero.
 
     Args:
-      tx: an optimizer that takes `curvature=`.
-      estimator: what maintains the curvature.
-      schedule: when. Its `batch_size` is not used: the caller chooses the batch. A period that is a function of the
-        step is traced.
-      objective: the objective, unless every update is given `objective=` (an estimator that reads the objective in
-        `init` needs it here).
-      batch: a fixed batch for the curvature, unless every update is given `batch=`.
-      seed: of the estimator's random keys.
+      optimizer: its name, for messages.
+      curvature: what it was given.
+      updates: a vector of the optimizer.
 
     Returns:
-      A transformation whose `update` takes `objective=`, `batch=`, `key=` and passes all extra arguments on, except
-      for a `curvature=`: `tx` sees its own.
+      (a function from trees like `updates` to vectors of the curvature, its inverse, which drops the rest).
+
+    Raises:
+      ValueError: parameters of other names or shapes than the curvature's; or a part of them that the curvature cannot
+        be restricted to, as it mixes them with the rest.
     """
-    require_transformation("self_contained(tx)", tx)
-    _require("estimator", estimator, CurvatureEstimator)
-    _require("schedule", schedule, CurvatureSchedule)
-    if objective is not None:
-        _require("objective", objective, Objective)
-    tx = optax.with_extra_args_support(tx)
-    default_objective, default_batch = objective, batch
+    like = curvature.like()
+    if like is None:
+        return (lambda vector: vector), (lambda vector: vector)
+    ours, theirs = by_path(updates), by_path(like)
+    treedef, theirs_treedef = jax.tree.structure(updates), jax.tree.structure(like)
+    unknown = [path for path in ours if path not in theirs or theirs[path].shape != jnp.shape(ours[path])]
+    if unknown:
+        shown = [f"{path_name(path)} {jnp.shape(ours[path])}" for path in unknown[:3]]
+        have = [f"{path_name(path)} {leaf.shape}" for path, leaf in theirs.items()][:3]
+        raise ValueError(
+            f"{optimizer}: {', '.join(shown)} of the gradients is not among the parameters of the curvature, "
+            f"{', '.join(have)}, ...: this {type(curvature).__name__} is of another model."
+        )
+    if treedef == theirs_treedef:
+        return (lambda vector: vector), (lambda vector: vector)
+    if len(ours) < len(theirs):
+        _check_separable(optimizer, curvature, set(ours))
 
-    def init(params):
-        curvature = estimator.init(default_objective, params)
-        return SelfContainedState(jnp.int32(0), tx.init(params), curvature, jax.random.key(seed))
+    def to(vector: PyTree) -> PyTree:
+        have = by_path(vector)
+        zero = lambda path: jnp.zeros(theirs[path].shape, jnp.float32)
+        return theirs_treedef.unflatten([have[path] if path in have else zero(path) for path in theirs])
 
-    def update(updates, state, params=None, *, objective=None, batch=None, key=None, **extra):
-        require_params("self_contained", params)
-        objective = default_objective if objective is None else objective
-        batch = default_batch if batch is None else batch
-        if objective is None or batch is None:
-            missing = "objective" if objective is None else "batch"
-            raise TypeError(f"self_contained(...).update() needs {missing}=, as it was given none when it was built.")
-        step_key = jax.random.fold_in(state.key, state.count) if key is None else key
+    def back(vector: PyTree) -> PyTree:
+        have = by_path(vector)
+        return treedef.unflatten([have[path] for path in ours])
 
-        here: Objective = objective
-
-        def advance(curvature, inner):
-            refresh = functools.partial(estimator.refresh, damping=damping_hint(inner))
-            for does, period, method in (
-                (estimator.absorbs, schedule.update_every, estimator.update),
-                (estimator.factorises, schedule.refresh_every, refresh),
-            ):
-                run = lambda c, method=method: method(c, here, params, batch, step_key)
-                if does:
-                    curvature = jax.lax.cond(_due(period, schedule, state.count), run, lambda c: c, curvature)
-            return curvature
-
-        curvature = advance(state.curvature, state.inner) if schedule.update_first else state.curvature
-        extra |= dict(curvature=curvature, objective=objective, batch=batch, key=step_key)
-        updates, inner = tx.update(updates, state.inner, params, **extra)
-        if not schedule.update_first:
-            curvature = advance(curvature, inner)
-        return updates, SelfContainedState(state.count + 1, inner, curvature, state.key)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return to, back
 
 
-def _require(argument: str, value: Any, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"self_contained({argument}) should be of type {kind.__name__}, not {type(value).__name__}.")
+def _check_separable(optimizer: str, curvature: Estimate, chosen: set) -> None:
+    """Raises ValueError if a group of the curvature has parameters of both sorts."""
+    for group in curvature.groups():
+        inside = [path for path in group if path in chosen]
+        if inside and len(inside) < len(group):
+            outside = next(path for path in group if path not in chosen)
+            raise ValueError(
+                f"{optimizer} is given {path_name(inside[0])} but not {path_name(outside)}, which "
+                f"{type(curvature).__name__} mixes with it. Estimate the curvature of the chosen parameters alone: a "
+                f"Trainer and optim.self_contained do so, and Objective.select(params, paths) in a loop of your own."
+            )
 
-
-def _due(period, schedule: CurvatureSchedule, count: jax.Array) -> jax.Array:
-    every = period(count) if callable(period) else period
-    return (count >= schedule.start) & ((count - schedule.start) % every == 0)

@@ -32,7 +32,8 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.eigenpairs import Eigenpairs
-from curvtrain.optim.base import require_curvature, require_params, require_transformation
+from curvtrain.curvature.request import Request
+from curvtrain.optim.base import require_curvature, require_params, require_transformation, vectors_for
 
 PyTree = Any
 Momentum = Callable[[jax.Array, jax.Array], jax.Array]  # (g1, vel) -> vel: elementwise and linear
@@ -54,11 +55,13 @@ class FosiState(NamedTuple):
       base: the base optimizer's state.
       velocity: float32 like the parameters, the momentum of the Newton part. It lives in parameter space, so it
         survives a refresh: the new eigenvectors see what of it lies in their span.
+      request: what is asked of whoever maintains the eigenpairs.
     """
 
     count: jax.Array
     base: optax.OptState
     velocity: PyTree
+    request: Request
 
 
 def fosi(
@@ -113,25 +116,25 @@ def fosi(
 
     def init(params):
         velocity = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator_dtype), params)
-        return FosiState(jnp.int32(0), base.init(params), velocity)
+        return FosiState(jnp.int32(0), base.init(params), velocity, Request.of("fosi", Eigenpairs, params))
 
     def update(updates, state, params=None, *, curvature=None, **extra):
         require_params("fosi", params)
         pairs = require_curvature("fosi", curvature, Eigenpairs, "curvature.Lanczos(k)")
-        _check_structure(pairs, updates)
+        to, back = vectors_for("fosi", pairs, updates)
         pairs, d, s = _inverse(pairs, damping, learning_rate_clip, l)
 
-        a = pairs.coefficients(updates)  # V g
-        g1 = pairs.combine(a)
+        a = pairs.coefficients(to(updates))  # V g
+        g1 = back(pairs.combine(a))
         g2 = jax.tree.map(lambda g, g1: (_wide(g) - g1).astype(g.dtype), updates, g1)
-        b = advance(a, pairs.coefficients(trees.float32(state.velocity)))  # V vel: linear, so it commutes with V
+        b = advance(a, pairs.coefficients(to(trees.float32(state.velocity))))  # V vel: linear, so it commutes with V
         velocity = jax.tree.map(lambda g, v: advance(g, v.astype(jnp.float32)).astype(v.dtype), g1, state.velocity)
         u, base_state = base.update(g2, state.base, params, **extra)
         rate = alpha(state.count) if callable(alpha) else alpha
         # s (u - V^T V u) - alpha V^T (d * V vel), with one pass over V
-        inside = pairs.combine(s * pairs.coefficients(u) + rate * d * b)
+        inside = back(pairs.combine(s * pairs.coefficients(to(u)) + rate * d * b))
         out = jax.tree.map(lambda u, i: (s * _wide(u) - i).astype(u.dtype), u, inside)
-        return out, FosiState(state.count + 1, base_state, velocity)
+        return out, FosiState(state.count + 1, base_state, velocity, state.request)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -155,18 +158,3 @@ def _inverse(pairs: Eigenpairs, damping: float, clip: float, l: int) -> tuple[Ei
     s = jnp.clip(jnp.max(magnitude, initial=0.0, where=usable) / jnp.maximum(lambda_k, left), 1.0, clip)
     return pairs, d, s
 
-
-def _check_structure(pairs: Eigenpairs, updates: PyTree) -> None:
-    """Raises ValueError unless the eigenvectors are like the gradients."""
-    have, want = jax.tree.structure(updates), jax.tree.structure(pairs.vectors)
-    if have != want:
-        raise ValueError(
-            f"fosi: the gradients have the structure {have}, but the eigenvectors {want}. FOSI needs all parameters: "
-            f"to treat some of them differently, mask or partition its base, as in fosi(optax.masked(...)), not fosi."
-        )
-    have, want = jax.tree.leaves(updates), jax.tree.leaves(pairs.vectors)
-    if [g.shape for g in have] != [v.shape[1:] for v in want]:
-        raise ValueError(
-            f"fosi: the gradients have the shapes {[g.shape for g in have]}, but the eigenvectors "
-            f"{[v.shape[1:] for v in want]}: this curvature is of another model."
-        )

@@ -11,6 +11,7 @@ optimizer, `update_ese(..., batch)` is honoured, the base optimizer sees the par
 nothing switches JAX to float64.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,8 +25,8 @@ from curvtrain.curvature.eigenpairs import Eigenpairs
 from curvtrain.curvature.lanczos import Lanczos
 from curvtrain.curvature.schedule import CurvatureSchedule
 from curvtrain.objective import Objective
-from curvtrain.optim.base import SelfContainedState, self_contained
 from curvtrain.optim.fosi import fosi
+from curvtrain.optim.self_contained import SelfContainedState, self_contained
 
 PyTree = Any
 LossFn = Callable[[PyTree, Any], jax.Array]
@@ -97,7 +98,7 @@ def _build(
 
     def update_without_refresh(updates, state, params=None, **extra):
         updates, inner = tx.update(updates, state.inner, params, **extra | dict(curvature=state.curvature))
-        return updates, state._replace(count=state.count + 1, inner=inner)
+        return updates, dataclasses.replace(state, count=state.count + 1, inner=inner)
 
     @jax.jit  # called outside jit, a refresh would compile anew every time
     def refresh(curvature, params, batch, key):
@@ -107,7 +108,7 @@ def _build(
         """Estimates the eigenpairs at `params` on `batch` (default: the batch given at construction)."""
         batch = fixed_batch if batch is None else batch
         key = jax.random.fold_in(state.key, state.count)
-        return state._replace(curvature=refresh(state.curvature, params, batch, key))
+        return dataclasses.replace(state, curvature=refresh(state.curvature, params, batch, key))
 
     update = update_with_refresh if b_call_ese_internally else update_without_refresh
     return FosiTransformation(inside.init, update, update_ese)

@@ -26,7 +26,8 @@ from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.products import ggn_gram
 from curvtrain.objective import Objective
-from curvtrain.optim.base import require_curvature, require_params
+from curvtrain.curvature.request import Request
+from curvtrain.optim.base import require_curvature, require_params, vectors_for
 from curvtrain.optim.scale_by_curvature import check_damping, value_at
 
 PyTree = Any
@@ -42,7 +43,7 @@ class KfacState(NamedTuple):
     Attributes:
       count: int32 (), updates so far.
       velocity: float32 like the parameters: the last update that was not rejected.
-      damping: float32 (), lambda + l2: what the next update will ask of the curvature.
+      request: what is asked of the curvature, with lambda + l2 of the next update.
       learning_rate, momentum: float32 (), w of the last update.
       reduction_ratio: float32 (), rho of the last update where it was looked at; NaN before.
       rejected: int32 (), updates that were rejected so far.
@@ -50,11 +51,17 @@ class KfacState(NamedTuple):
 
     count: jax.Array
     velocity: PyTree
-    damping: jax.Array
+    request: Request
     learning_rate: jax.Array
     momentum: jax.Array
     reduction_ratio: jax.Array
     rejected: jax.Array
+
+    @property
+    def damping(self) -> jax.Array:
+        """float32 (), lambda + l2: what the next update will ask of the curvature."""
+        assert self.request.damping is not None
+        return self.request.damping
 
 
 def kfac(
@@ -116,13 +123,14 @@ def kfac(
     model = any(isinstance(option, str) for option in (learning_rate, momentum, damping))
     rejects = adaptive_damping if reject is None else reject
     factor = damping_decay**damping_every
+    period = damping_every if adaptive_damping and isinstance(damping_every, int) else None
 
     def init(params):
         first = initial_damping if isinstance(damping, str) else value_at(damping, jnp.int32(0))
         return KfacState(
             count=jnp.int32(0),
             velocity=trees.zeros(params),
-            damping=jnp.float32(first) + l2,
+            request=Request.of("kfac", Curvature, params, jnp.float32(first) + l2, period),
             learning_rate=jnp.float32(0),
             momentum=jnp.float32(0),
             reduction_ratio=jnp.float32(jnp.nan),
@@ -139,7 +147,9 @@ def kfac(
         theta = trees.float32(params)
         g = jax.tree.map(lambda g, p: g.astype(jnp.float32) + l2 * p, updates, theta)
         total, lam = state.damping, state.damping - l2
-        U = C.solve(g, total)
+        own = lambda vector: vector if objective is None else objective.like_parameters(vector)
+        to, back = vectors_for("kfac", C, updates)
+        U = back(C.solve(to(g), total))
         d, v = trees.scale(-1.0, U), state.velocity
 
         rate = None if isinstance(learning_rate, str) else value_at(learning_rate, state.count)
@@ -148,7 +158,7 @@ def kfac(
             size = rate**2 * trees.dot(U, g)
             d = trees.scale(jnp.where(size > norm_constraint, jnp.sqrt(norm_constraint / size), 1.0), d)
         if model:
-            gram = ggn_gram(objective, params, (d, v), batch, key)
+            gram = ggn_gram(objective, own(params), (own(d), own(v)), batch, key)
             dots = jnp.stack([jnp.stack([trees.dot(a, b) for b in (d, v)]) for a in (d, v)])
             b = jnp.stack([trees.dot(d, g), trees.dot(v, g)])
             w = _minimise(gram + total * dots, b, rate, decay)
@@ -163,7 +173,7 @@ def kfac(
             penalty = lambda p: 0.5 * l2 * trees.dot(p, p)
             old = (objective.loss(params, batch, key) if value is None else value) + penalty(theta)
             moved = trees.add(theta, delta)
-            new = objective.loss(_like(moved, params), batch, key) + penalty(moved)
+            new = objective.loss(own(_like(moved, params)), batch, key) + penalty(moved)
             return (new - old) / q, new <= old  # not true of NaN
 
         due = (state.count + 1) % damping_every == 0
@@ -186,7 +196,7 @@ def kfac(
         return out, KfacState(
             count=state.count + 1,
             velocity=velocity,
-            damping=lam + l2,
+            request=state.request.with_damping(lam + l2),
             learning_rate=w[0],
             momentum=w[1],
             reduction_ratio=rho,

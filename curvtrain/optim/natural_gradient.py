@@ -36,7 +36,8 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
-from curvtrain.optim.base import require_curvature, require_params
+from curvtrain.curvature.request import Request
+from curvtrain.optim.base import require_curvature, require_params, vectors_for
 from curvtrain.optim.scale_by_curvature import check_damping, value_at
 
 PyTree = Any
@@ -53,15 +54,21 @@ class NaturalGradientState(NamedTuple):
       count: int32 (), updates so far.
       velocity: b, float32 like the parameters; None without momentum.
       average: a, float32 like the parameters; None without averaging.
-      damping: float32 (), lambda + l2: what the next update will ask of the curvature.
+      request: what is asked of the curvature, with lambda + l2 of the next update.
       first_rate: float32 (), eta_0.
     """
 
     count: jax.Array
     velocity: PyTree
     average: PyTree
-    damping: jax.Array
+    request: Request
     first_rate: jax.Array
+
+    @property
+    def damping(self) -> jax.Array:
+        """float32 (), lambda + l2: what the next update will ask of the curvature."""
+        assert self.request.damping is not None
+        return self.request.damping
 
 
 def natural_gradient(
@@ -133,7 +140,7 @@ def natural_gradient(
             count=jnp.int32(0),
             velocity=trees.zeros(params) if has_momentum else None,
             average=trees.zeros(params) if gradient_decay else None,
-            damping=value_at(damping, jnp.int32(0)) + l2,
+            request=Request.of("natural_gradient", Curvature, params, value_at(damping, jnp.int32(0)) + l2),
             first_rate=value_at(learning_rate, jnp.int32(0)),
         )
 
@@ -158,14 +165,16 @@ def natural_gradient(
             return g
 
         g = jax.tree.map(lambda g, w: g + l2 * w, trees.float32(updates), w)
-        g = C.solve(stage(RAW, g), state.damping)
+        to, back = vectors_for("natural_gradient", C, updates)
+        g = back(C.solve(to(stage(RAW, g)), state.damping))
         if weight_decay:
             g, _ = decayed_weights.update(g, decayed_weights.init(w), w)
         delta = trees.scale(-rate, stage(PRECONDITIONED, g))
         if rescale is not None:
             delta = jax.tree.map(lambda d, w: _rescaled(w + d, rescale) - w if w.ndim >= 2 else d, delta, w)
         delta = jax.tree.map(lambda d, u: d.astype(u.dtype), delta, updates)
-        return delta, NaturalGradientState(t + 1, velocity, average, value_at(damping, t + 1) + l2, state.first_rate)
+        request = state.request.with_damping(value_at(damping, t + 1) + l2)
+        return delta, NaturalGradientState(t + 1, velocity, average, request, state.first_rate)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -13,7 +13,8 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.psgd import FittedPreconditioner
-from curvtrain.optim.base import require_curvature
+from curvtrain.curvature.request import Request
+from curvtrain.optim.base import require_curvature, vectors_for
 
 PyTree = Any
 
@@ -28,10 +29,12 @@ class ScaleByPsgdState(NamedTuple):
     Attributes:
       count: int32 (), updates so far.
       mu: moving average of gradients, like the parameters; empty without momentum.
+      request: what is asked of whoever maintains the preconditioner.
     """
 
     count: jax.Array
     mu: PyTree
+    request: Request
 
 
 def psgd(
@@ -107,12 +110,14 @@ def scale_by_psgd(
         raise ValueError("psgd(nesterov=True) looks ahead along a moving average, and b1=0 keeps none.")
 
     def init(params):
-        return ScaleByPsgdState(jnp.int32(0), momentum_like(params, mu_dtype) if b1 else {})
+        mu = momentum_like(params, mu_dtype) if b1 else {}
+        return ScaleByPsgdState(jnp.int32(0), mu, Request.of("psgd", FittedPreconditioner, params))
 
     def update(updates, state, params=None, *, curvature=None, **extra):
         P = require_curvature("psgd", curvature, FittedPreconditioner, "curvature.PSGD()")
         averaged, mu = moving_average(updates, state.mu, state.count, b1, nesterov)
-        out = P.solve(averaged, 0.0)
+        to, back = vectors_for("psgd", P, updates)
+        out = back(P.apply(to(averaged)))
         if style == "adam":
             out = trees.scale(math.sqrt((1 - b1) / (1 + b1)), out)
         limit = clip_rms
@@ -123,7 +128,7 @@ def scale_by_psgd(
         if clip_global_norm is not None:
             out = clip_all(out, clip_global_norm)
         out = jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates)
-        return out, ScaleByPsgdState(state.count + 1, mu)
+        return out, ScaleByPsgdState(state.count + 1, mu, state.request)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -8,7 +8,8 @@ import optax
 
 from curvtrain import _checks
 from curvtrain.curvature.base import Curvature
-from curvtrain.optim.base import require_curvature
+from curvtrain.curvature.request import Request
+from curvtrain.optim.base import require_curvature, vectors_for
 
 PyTree = Any
 
@@ -18,11 +19,17 @@ class ScaleByCurvatureState(NamedTuple):
 
     Attributes:
       count: int32 (), updates so far.
-      damping: float32 (), what the next update will use: a Trainer's refresh factorises for it.
+      request: what is asked of the curvature, with the damping of the next update.
     """
 
     count: jax.Array
-    damping: jax.Array
+    request: Request
+
+    @property
+    def damping(self) -> jax.Array:
+        """float32 (), what the next update will use."""
+        assert self.request.damping is not None
+        return self.request.damping
 
 
 def scale_by_curvature(
@@ -42,14 +49,17 @@ def scale_by_curvature(
         raise TypeError(f"scale_by_curvature(exponent) should be a number, not {exponent!r}.")
 
     def init(params):
-        return ScaleByCurvatureState(jnp.int32(0), value_at(damping, jnp.int32(0)))
+        request = Request.of("scale_by_curvature", Curvature, params, value_at(damping, jnp.int32(0)))
+        return ScaleByCurvatureState(jnp.int32(0), request)
 
     def update(updates, state, params=None, *, curvature=None, **extra):
         kind = "curvature.KFAC(), or another estimator"
         C = require_curvature("scale_by_curvature", curvature, Curvature, kind)
-        scaled = C.power(updates, state.damping, float(exponent))
+        to, back = vectors_for("scale_by_curvature", C, updates)
+        scaled = back(C.power(to(updates), state.damping, float(exponent)))
         scaled = jax.tree.map(lambda s, g: s.astype(g.dtype), scaled, updates)
-        return scaled, ScaleByCurvatureState(state.count + 1, value_at(damping, state.count + 1))
+        request = state.request.with_damping(value_at(damping, state.count + 1))
+        return scaled, ScaleByCurvatureState(state.count + 1, request)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -240,7 +240,7 @@ class Loop:
         say, plan = self._report.say, self.plan
         overview = parameter_overview.get_parameter_overview(plan.state.params, include_stats=False, max_lines=40)
         say(overview)
-        if plan.estimator is not None and (table := plan.estimator.overview(plan.objective, plan.state.params)):
+        if plan.estimator is not None and (table := plan.estimator.overview(*plan.measured)):
             say(table)
         say(f"\n{plan.state_report()}\n")
         devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
+from curvtrain.curvature.request import check_requests, requested_part, requests
 from curvtrain.losses import Loss
 from curvtrain.objective import Objective, annotated_specs, batch_size
 from curvtrain.trainer import sharding
@@ -125,13 +126,18 @@ class Plan:
 
     def _begin(self, objective: Objective, params: PyTree) -> TrainState:
         """The training state before the first step."""
-        curvature = None if self.estimator is None else self.estimator.init(objective, params)
+        opt_state = self.tx.init(params)
+        asked = requests(opt_state)
+        curvature = None
+        if self.estimator is not None:
+            curvature = self.estimator.init(*requested_part(asked, objective, params))
+        check_requests(asked, curvature, f"{self.task.name}(curvature)")
         ema = None if self.config.ema is None else jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)
         return TrainState(
             step=jnp.int32(0),
             params=params,
             model_state=objective.model_state,
-            opt_state=self.tx.init(params),
+            opt_state=opt_state,
             curvature=curvature,
             ema=ema,
             key=jax.random.key(self.config.seed),
@@ -140,7 +146,8 @@ class Plan:
     def _settle(self, objective: Objective, params: PyTree) -> None:
         """Fixes what the estimator leaves open: as in the run's checkpoints, or, if there are none, for this mesh."""
         if self.estimator is not None:
-            choices = self.estimator.choices(objective, params, self.mesh)
+            asked = requests(self.tx.init(params))
+            choices = self.estimator.choices(*requested_part(asked, objective, params), self.mesh)
             if choices and self.config.workdir is not None:
                 saved = saved_run(self.config.workdir).get("curvature_choices", {})
                 choices |= {name: value for name, value in saved.items() if name in choices}
@@ -157,11 +164,13 @@ class Plan:
             return self._begin(static["objective"], params)
 
         shapes = jax.eval_shape(init)
+        self.schedule = self.schedule.settled(requests(shapes.opt_state))
         params = sharding.param_specs(shapes.params, static["annotated"], self.config.sharding, self.mesh)
         replicated = lambda tree: jax.tree.map(lambda _: PartitionSpec(), tree)
         curvature = shapes.curvature
         if self.estimator is not None:
-            curvature = self.estimator.partition_specs(curvature, params, self.mesh)
+            _, own = requested_part(requests(shapes.opt_state), static["objective"], params)
+            curvature = self.estimator.partition_specs(curvature, own, self.mesh)
         specs = TrainState(
             step=PartitionSpec(),
             params=params,
@@ -184,6 +193,11 @@ class Plan:
     def _abstract_outputs(self) -> PyTree:
         predict = lambda params, state, batch: self.objective.with_state(state).predict(params, batch)
         return jax.eval_shape(predict, self.state.params, self.state.model_state, self.batch)
+
+    @property
+    def measured(self) -> tuple[Objective, PyTree]:
+        """(the objective, its abstract parameters) that the estimator sees: those that the optimizer asks about."""
+        return requested_part(requests(self.state.opt_state), self.objective, self.state.params)
 
     # -- values ----------------------------------------------------------------------------------------------------
 

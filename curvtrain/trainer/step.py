@@ -1,8 +1,8 @@
 """The step programs: pure functions of the training state, compiled ahead of time, one per kind of step.
 
 A step that updates or refreshes the curvature is a program of its own, chosen on the host, so a step that does neither
-pays nothing for it. `update` sees the batch, model state and key of the gradient, and XLA shares their forward and
-backward passes.
+pays nothing for it. `update` is given the step's gradient, and what an estimator measures in backward passes is taken
+together with the gradient: a step has one forward pass over each piece of its batch.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from curvtrain.curvature.base import Curvature, CurvatureEstimator, damping_hint
+from curvtrain.curvature.base import CurvatureEstimator, Estimate
+from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
 from curvtrain.objective import Objective
 from curvtrain.trainer.metrics import Metrics, measure, reduce_pieces
 from curvtrain.trainer.state import TrainState
@@ -55,17 +56,27 @@ def train_step(
         key = jax.random.fold_in(state.key, state.step)
         noise, refresh_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
+        asked = requests(state.opt_state)
+        part, params = requested_part(asked, here, state.params)  # what the curvature is that of
+        updates_curvature = estimator is not None and kind.update
+        ride = estimator.measure(state.curvature, part, params, batch, noise) if updates_curvature else None
         observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), piece)
-        loss, grads, model_state, seen = here.value_and_grad(state.params, batch, noise, observe=observe)
+        loss, grads, model_state, seen, measured = here.value_grad_and_measure(
+            state.params, batch, noise, ride, observe=observe
+        )
 
         def advance(curvature, opt_state):
             if estimator is not None and kind.update:
-                curvature = estimator.update(curvature, here, state.params, batch, noise)
+                if ride is None:
+                    own = part_of(grads, params)
+                    curvature = estimator.update(curvature, part, params, batch, noise, grads=own)
+                else:
+                    curvature = estimator.absorb(curvature, measured, noise)
             if estimator is not None and kind.refresh:
-                wide = here if curvature_batch is None else here.with_microbatch(refresh_microbatch)
+                wide = part if curvature_batch is None else part.with_microbatch(refresh_microbatch)
                 data = batch if curvature_batch is None else curvature_batch
-                damping = damping_hint(opt_state)
-                curvature = estimator.refresh(curvature, wide, state.params, data, refresh_key, damping=damping)
+                damping = requested_damping(requests(opt_state))
+                curvature = estimator.refresh(curvature, wide, params, data, refresh_key, damping=damping)
             return curvature
 
         curvature = advance(state.curvature, state.opt_state) if update_first else state.curvature
@@ -79,18 +90,18 @@ def train_step(
             state.opt_state,
             state.params,
             curvature=curvature,
-            objective=here,
+            objective=part,
             batch=batch,
             key=noise,
             value=loss,
             grad=grads,
             value_fn=value_fn,
         )
-        params = optax.apply_updates(state.params, updates)
+        moved = optax.apply_updates(state.params, updates)
         if not update_first:
             curvature = advance(curvature, opt_state)
-        average = None if ema is None else moving_average(state.ema, params, ema)
-        state = TrainState(state.step + 1, params, model_state, opt_state, curvature, average, state.key)
+        average = None if ema is None else moving_average(state.ema, moved, ema)
+        state = TrainState(state.step + 1, moved, model_state, opt_state, curvature, average, state.key)
         return state, reduce_pieces(seen)
 
     return step
@@ -115,7 +126,7 @@ def eval_step(objective: Objective, metrics_fn: MetricsFn, like: PyTree) -> Call
     return step
 
 
-def telemetry(curvature: Curvature | None) -> dict[str, jax.Array]:
+def telemetry(curvature: Estimate | None) -> dict[str, jax.Array]:
     """Scalars of the curvature, for the log."""
     if curvature is None:
         return {}

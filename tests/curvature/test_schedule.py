@@ -22,6 +22,9 @@ def test_periods_count_from_the_start():
 def test_a_period_may_depend_on_the_step(integer):
     schedule = CurvatureSchedule(refresh_every=lambda step: integer(1 if step < 4 else 4))
     assert steps(schedule.refreshes) == [0, 1, 2, 3, 4, 8]
+    counted = CurvatureSchedule(update_every=lambda step: integer(3 if step < 6 else 5))
+    assert steps(counted.updates, 20) == [0, 3, 6, 11, 16]  # from the last time, not from the start
+    assert [step for step in reversed(range(20)) if counted.updates(step)] == [16, 11, 6, 3, 0]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +43,6 @@ def test_bad_options_are_refused_when_built(options, error, message):
 
 def test_bad_periods_are_refused_when_they_come():
     with pytest.raises(ValueError, match="at least 1 step, not 0 at step 7"):
-        CurvatureSchedule(refresh_every=lambda step: 7 - step).refreshes(7)
-    with pytest.raises(TypeError, match=r"should be an integer, not 2\.5 at step 3"):
+        CurvatureSchedule(refresh_every=lambda step: 7 - step).refreshes(8)
+    with pytest.raises(TypeError, match=r"should be an integer, not 2\.5 at step 0"):
         CurvatureSchedule(update_every=lambda step: 2.5).updates(3)

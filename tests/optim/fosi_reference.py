@@ -89,7 +89,7 @@ class DenseEigenpairs(CurvatureEstimator[Eigenpairs]):
             failures=jnp.int32(0),
         )
 
-    def update(self, curvature, objective, params, batch, key):
+    def update(self, curvature, objective, params, batch, key, *, grads=None):
         return curvature
 
     def refresh(self, curvature, objective, params, batch, key, damping=None):

@@ -329,14 +329,14 @@ def test_in_a_chain():
 
 def test_in_multi_steps():
     """Two equal micro-steps are one step; the estimator still finds the damping."""
-    from curvtrain.curvature.base import damping_hint
+    from curvtrain.curvature.request import requested_damping, requests
 
     absorb, curvature = curvatures()
     curvature = absorb(curvature, PARAMS)
     alone, _ = stepper(optim.kfac())(PARAMS, optim.kfac().init(PARAMS), curvature, BATCH)
     tx = optax.MultiSteps(optim.kfac(), every_k_schedule=2)
     state, step = tx.init(PARAMS), stepper(tx)
-    assert damping_hint(state) == 1.0
+    assert requested_damping(requests(state)) == 1.0
     first, state = step(PARAMS, state, curvature, BATCH)
     second, state = step(PARAMS, state, curvature, BATCH)
     np.testing.assert_array_equal(flat(first), 0)

@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from curvtrain import CurvatureSchedule, Objective, optim
 from curvtrain.curvature import Curvature, Diagonal, DiagonalFisher, FullBlock
-from curvtrain.curvature.base import damping_hint
+from curvtrain.curvature.request import requested_damping, requests
 from tests.trainer import tiny
 
 SHAPES = {"bias": (4,), "kernel": (3, 4), "small": (2, 3)}  # in the order of the flat vector
@@ -298,7 +298,7 @@ def test_damping_and_l2_are_announced_a_step_ahead():
     tx = optim.natural_gradient(0.1, schedule, l2=0.25)
     state = tx.init(PARAMS)
     for count in range(3):
-        hint = damping_hint((optax.EmptyState(), state))
+        hint = requested_damping(requests((optax.EmptyState(), state)))
         assert hint is not None and hint.dtype == jnp.float32
         np.testing.assert_allclose(hint, schedule(count) + 0.25, rtol=1e-6)
         _, state = tx.update(GRADS, state, PARAMS, curvature=CURVATURE)

@@ -11,7 +11,7 @@ import pytest
 
 from curvtrain import CurvatureSchedule, Objective, optim
 from curvtrain.curvature import Diagonal, DiagonalFisher, Eigenpairs
-from curvtrain.curvature.base import damping_hint
+from curvtrain.curvature.request import requested_damping, requests
 from curvtrain.trainer import Call
 from tests.trainer import tiny
 
@@ -80,8 +80,8 @@ def test_schedule_of_the_damping_is_announced_a_step_ahead():
     tx = optim.scale_by_curvature(schedule)
     state, update = tx.init(PARAMS), jax.jit(functools.partial(tx.update, curvature=CURVATURE))
     for count in range(4):
-        np.testing.assert_allclose(damping_hint(optax.chain(optax.identity(), tx).init(PARAMS)), 0.5)
-        np.testing.assert_allclose(damping_hint((state, ())), schedule(count), rtol=1e-6)
+        np.testing.assert_allclose(requested_damping(requests(optax.chain(optax.identity(), tx).init(PARAMS))), 0.5)
+        np.testing.assert_allclose(requested_damping(requests((state, ()))), schedule(count), rtol=1e-6)
         updates, state = update(GRADS, state)
         expected = flat(GRADS) / (flat(CURVATURE.values) + schedule(count))
         np.testing.assert_allclose(flat(updates), expected, rtol=1e-5)
@@ -149,4 +149,4 @@ def test_the_hint_is_the_field_of_the_state_not_an_injected_option():
     make = optax.inject_hyperparams(lambda damping: optim.scale_by_curvature(damping))
     state = make(damping=0.25).init(PARAMS)
     assert "damping" in state.hyperparams
-    np.testing.assert_allclose(damping_hint(state), 0.25)
+    np.testing.assert_allclose(requested_damping(requests(state)), 0.25)

@@ -42,7 +42,7 @@ class Logger(CurvatureEstimator[Log]):
         zero = jnp.int32(0)
         return Log(zero, zero, zero, params, jnp.zeros(3), jax.random.key_data(jax.random.key(0)))
 
-    def update(self, curvature, objective, params, batch, key):
+    def update(self, curvature, objective, params, batch, key, *, grads=None):
         return dataclasses.replace(curvature, updates=curvature.updates + 1)
 
     def refresh(self, curvature, objective, params, batch, key, damping=None):

@@ -25,7 +25,7 @@ from run_small import leaves
 from tiny import on
 
 from curvtrain.curvature import Eigenpairs, KroneckerFactors
-from curvtrain.curvature.base import damping_hint
+from curvtrain.curvature.request import requested_damping, requests
 from curvtrain.trainer import Call
 from curvtrain.trainer.checkpoint import Checkpoints
 
@@ -145,7 +145,7 @@ def test_a_checkpoint_moves(name, trained, build, tmp_path):
     told = {n for row in result.history for n in row if n.startswith("curvature/")}
     assert told == {f"curvature/{n}" for n in state.curvature.telemetry()}
     if isinstance(state.curvature, KroneckerFactors):
-        assert damping_hint(state.opt_state) is not None and np.isfinite(state.curvature.damping)
+        assert requested_damping(requests(state.opt_state)) is not None and np.isfinite(state.curvature.damping)
     if isinstance(state.curvature, Eigenpairs):
         assert np.any(state.curvature.converged)
 

@@ -274,8 +274,8 @@ def test_a_refresh_sees_as_many_examples_as_it_was_given(size, seen):
 @pytest.mark.parametrize(
     ("optimizer", "damping"),
     [
-        (optax.inject_hyperparams(lambda damping: optax.sgd(0.1))(damping=0.5), 0.5),
-        (optax.inject_hyperparams(lambda damping: optax.sgd(0.1))(damping=lambda t: 0.25), 0.25),
+        (optax.chain(optim.scale_by_curvature(0.5), optax.sgd(0.1)), 0.5),
+        (optax.inject_hyperparams(optim.scale_by_curvature)(damping=lambda t: 0.25), 0.25),
         (optax.sgd(0.1), -1),
     ],
     ids=["constant", "scheduled", "none"],

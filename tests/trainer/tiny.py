@@ -113,9 +113,6 @@ class Counts(Curvature):
     def solve(self, vector, damping):
         return jax.tree.map(lambda v: v / (1.0 + damping), vector)
 
-    def as_matrix(self):
-        raise NotImplementedError
-
     def telemetry(self):
         return {"updates": self.updates, "refreshes": self.refreshes}
 
@@ -130,7 +127,7 @@ class Counting(CurvatureEstimator[Counts]):
     def init(self, objective, params):
         return Counts(jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.float32(-1))
 
-    def update(self, curvature, objective, params, batch, key):
+    def update(self, curvature, objective, params, batch, key, *, grads=None):
         return dataclasses.replace(curvature, updates=curvature.updates + 1)
 
     def refresh(self, curvature, objective, params, batch, key, damping=None):

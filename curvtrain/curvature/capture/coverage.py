@@ -56,6 +56,14 @@ class Coverage:
         zeros = lambda layer: {name: jnp.zeros((*layer.stack, *shape)) for name, shape in layer.shapes}
         return self.vector({layer.name: layer.matrix(zeros(layer)) for layer in self.layers})
 
+    def like(self) -> PyTree:
+        """Shapes and dtypes of a float32 vector like the parameters."""
+        return jax.eval_shape(self.zeros)
+
+    def groups(self) -> tuple[tuple[Path, ...], ...]:
+        """The paths of each layer's parameters."""
+        return tuple(tuple((*layer.path, name) for name, _ in layer.shapes) for layer in self.layers)
+
     def table(self, blocks: Mapping[str, tuple[str, int]], besides: Mapping[str, int] | None = None) -> str:
         """A table of path, layer, block, shapes, bytes of curvature and share of the parameters.
 

@@ -49,6 +49,12 @@ class Blocks(Curvature):
     coverage: Coverage = dataclasses.field(metadata=dict(static=True))
     unit: bool = dataclasses.field(metadata=dict(static=True))
 
+    def like(self) -> PyTree:
+        return self.coverage.like()
+
+    def groups(self):
+        return self.coverage.groups()
+
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
         return self._map(vector, lambda name, x: jnp.einsum("upq,uq->up", self.blocks[name], x))
@@ -166,7 +172,7 @@ class UnitWise(_BlockEstimator):
     block at most. Plain parameters have 1 x 1 blocks.
     """
 
-    def update(self, curvature: Blocks, objective, params, batch, key) -> Blocks:
+    def update(self, curvature: Blocks, objective, params, batch, key, *, grads=None) -> Blocks:
         found, W = self.collect(UnitStatistic(), curvature.coverage, objective, params, batch, key)
         new = {}
         for layer in curvature.coverage.layers:
@@ -199,7 +205,7 @@ class FullBlock(_BlockEstimator):
     unit = False
     fishers = (*FISHERS, "hessian")
 
-    def update(self, curvature: Blocks, objective, params, batch, key) -> Blocks:
+    def update(self, curvature: Blocks, objective, params, batch, key, *, grads=None) -> Blocks:
         coverage = curvature.coverage
         if self.fisher == "hessian":
             W = objective.accumulate(lambda piece, k: objective.total(params, piece, k)[1], batch, key)

@@ -12,7 +12,7 @@ from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.capture.statistics import DiagonalStatistic
 from curvtrain.curvature.fisher.base import LayerEstimator, stacked
-from curvtrain.objective import safe
+from curvtrain.objective import by_path, safe
 
 PyTree = Any
 
@@ -32,6 +32,19 @@ class Diagonal(Curvature):
     # NumPy's: an array of JAX looks for devices, and `PSGD(Diagonal())` is written before processes are joined
     weight: Any = dataclasses.field(default_factory=lambda: np.float32(0))
     skipped: Any = dataclasses.field(default_factory=lambda: np.int32(0))
+
+    def like(self) -> PyTree:
+        return jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape, d.dtype), self.values)
+
+    def groups(self):
+        return tuple((path,) for path in by_path(self.values))
+
+    def diagonal(self) -> PyTree:
+        return self.values
+
+    def logdet(self, damping: jax.Array | float) -> jax.Array:
+        """log |det(C + damping I)|."""
+        return sum((jnp.sum(jnp.log(d + damping)) for d in jax.tree.leaves(self.values)), jnp.float32(0))
 
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
@@ -76,7 +89,7 @@ class DiagonalFisher(LayerEstimator[Diagonal]):
         self.coverage(objective, params)
         return Diagonal(trees.zeros(params), jnp.float32(0), jnp.int32(0))
 
-    def update(self, curvature: Diagonal, objective, params, batch, key) -> Diagonal:
+    def update(self, curvature: Diagonal, objective, params, batch, key, *, grads=None) -> Diagonal:
         coverage = self.coverage(objective, params)
         found, W = self.collect(DiagonalStatistic(), coverage, objective, params, batch, key)
         D = coverage.vector(

@@ -13,7 +13,7 @@ from curvtrain.curvature.capture.layers import Layer, MatrixLayer
 from curvtrain.curvature.capture.statistics import KroneckerStatistic
 from curvtrain.curvature.fisher.base import LayerEstimator, stacked
 from curvtrain.curvature.fisher.diagonal import Diagonal
-from curvtrain.objective import safe
+from curvtrain.objective import by_path, safe
 
 PyTree = Any
 Arrays = dict[str, jax.Array]
@@ -51,6 +51,16 @@ class DiagonalFactors(Curvature):
                 found[layer.name] = f["D2"]
         return self.coverage.vector(found)
 
+    def like(self) -> PyTree:
+        return self.coverage.like()
+
+    def groups(self):
+        return tuple((path,) for path in by_path(self.like()))
+
+    def logdet(self, damping: jax.Array | float) -> jax.Array:
+        """log |det(C + damping I)|."""
+        return Diagonal(self.diagonal()).logdet(damping)
+
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
         return Diagonal(self.diagonal()).matvec(vector)
@@ -86,7 +96,7 @@ class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
             factors[layer.name] = {name: jnp.zeros(shape) for name, shape in shapes.items()}
         return DiagonalFactors(factors, jnp.float32(0), jnp.int32(0), coverage)
 
-    def update(self, curvature: DiagonalFactors, objective, params, batch, key) -> DiagonalFactors:
+    def update(self, curvature: DiagonalFactors, objective, params, batch, key, *, grads=None) -> DiagonalFactors:
         coverage = curvature.coverage
         found, W = self.collect(KroneckerStatistic(diagonal=True), coverage, objective, params, batch, key)
         factors: dict[str, Arrays] = {}

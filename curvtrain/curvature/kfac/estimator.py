@@ -144,7 +144,7 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             slots=slots,
         )
 
-    def update(self, curvature: KroneckerFactors, objective, params, batch, key) -> KroneckerFactors:
+    def update(self, curvature: KroneckerFactors, objective, params, batch, key, *, grads=None) -> KroneckerFactors:
         if self.inverse != "ekfac":
             return self._absorb(curvature, objective, params, batch, key, scales=False)
         if self.scale_every == 1:

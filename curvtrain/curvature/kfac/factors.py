@@ -184,6 +184,12 @@ class KroneckerFactors(Curvature):
 
     # -- as a matrix ---------------------------------------------------------------------------------------------------
 
+    def like(self) -> PyTree:
+        return self.coverage.like()
+
+    def groups(self):
+        return self.coverage.groups()
+
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
 

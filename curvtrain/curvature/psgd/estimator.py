@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from curvtrain import _checks
 from curvtrain._text import table
 from curvtrain.curvature import trees
-from curvtrain.curvature.base import Curvature, CurvatureEstimator
+from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.capture import cover
 from curvtrain.curvature.fisher import Diagonal
 from curvtrain.curvature.products import as_matrix, matvec
@@ -32,8 +32,8 @@ _FIT = 2  # folded into a step's key, so that the fit's noise is not the model's
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class FittedPreconditioner(Curvature):
-    """P ~ |H|^-1, or (E g g^T)^(-1/2), as a curvature C = P^-1 whose solve is P v.
+class FittedPreconditioner(Estimate):
+    """P ~ |H|^-1, or (E g g^T)^(-1/2): no curvature with a damping, but what multiplies gradients.
 
     Attributes:
       state: what the family of the preconditioner keeps.
@@ -57,24 +57,20 @@ class FittedPreconditioner(Curvature):
     whitens: bool = dataclasses.field(metadata=dict(static=True))
     structure: Structure = dataclasses.field(metadata=dict(static=True))
 
-    def matvec(self, vector: PyTree) -> PyTree:
+    def like(self) -> PyTree:
+        return jax.eval_shape(self.structure.like)
+
+    def apply(self, vector: PyTree) -> PyTree:
+        """P v, for a vector shaped like the parameters; float32."""
+        return self.preconditioner.apply(self.structure, self.state, trees.float32(vector))
+
+    def invert(self, vector: PyTree) -> PyTree:
         """P^-1 v."""
         return self.preconditioner.invert(self.structure, self.state, trees.float32(vector))
 
-    def solve(self, vector: PyTree, damping: jax.Array | float = 0.0) -> PyTree:
-        """P v. The damping must be the number 0: it is an option of the fit, `Kron(damping=...)`."""
-        known = isinstance(damping, int | float)
-        if not known or damping != 0:
-            came = repr(damping) if known else "an array"
-            raise ValueError(
-                f"FittedPreconditioner.solve(damping={came}): P itself is what was fitted, and no "
-                f"(P^-1 + damping I)^-1 follows from it. Pass 0.0, and give the fit a damping, as in "
-                f"PSGD(Kron(damping=1e-4)); optim.psgd(...) does the former."
-            )
-        return self.preconditioner.apply(self.structure, self.state, trees.float32(vector))
-
     def as_matrix(self) -> jax.Array:
-        return as_matrix(self.matvec, self.structure.like())
+        """P as a dense (n, n) matrix in `ravel_pytree(params)` order. Tests and small problems only."""
+        return as_matrix(self.apply, self.structure.like())
 
     def telemetry(self) -> dict[str, jax.Array]:
         return {"fits": self.fits, "failures": self.failures}
@@ -178,10 +174,12 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
             structure=structure,
         )
 
-    def update(self, curvature: FittedPreconditioner, objective, params, batch, key) -> FittedPreconditioner:
+    def update(
+        self, curvature: FittedPreconditioner, objective, params, batch, key, *, grads=None
+    ) -> FittedPreconditioner:
         c, observed, mean = curvature, None, curvature.mean
-        if self.fit == "gradient":  # that of the training step: XLA sees that the two are one
-            observed = trees.float32(objective.value_and_grad(params, batch, key)[1])
+        if self.fit == "gradient":
+            observed = trees.float32(objective.value_and_grad(params, batch, key)[1] if grads is None else grads)
             if self.momentum:
                 beta = jnp.minimum(c.calls / (c.calls + 1), self.momentum)
                 fine = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(observed)]).all()

@@ -1,0 +1,108 @@
+"""A module in two halves: static structure, and arrays of four kinds.
+
+| kind | what it is |
+|---|---|
+| parameters | variables that the filter `wrt` of the objective names: derivatives are taken of them |
+| frozen | other `nnx.Param`s, and parameters that `Objective.select` left out: inputs of the loss that stay as they are |
+| model state | the rest, such as batch statistics: a forward pass may change it |
+| random streams | not kept: they are folded out of the key of each call |
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from curvtrain.losses import Batch, Loss
+from curvtrain.objective.paths import Path, by_path
+
+PyTree = Any
+
+_DETERMINISTIC = dict(deterministic=True)
+_EVALUATION = dict(deterministic=True, use_running_average=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitModel:
+    """The static half of a split module.
+
+    Attributes:
+      train, deterministic, evaluation: its graph as the module was configured; with dropout off; and with dropout off
+        and running averages on.
+      paths: of its parameters, trained and frozen.
+      streams: (path, variable type, shape) of each of its RNG variables.
+      wrt: filter of the trainable variables.
+      predict: `(module, batch) -> outputs`.
+      loss: of the outputs.
+    """
+
+    train: nnx.GraphDef
+    deterministic: nnx.GraphDef
+    evaluation: nnx.GraphDef
+    paths: tuple[Path, ...]
+    streams: tuple[tuple[tuple[Any, ...], type, tuple[int, ...]], ...]
+    wrt: Any
+    predict: Callable[[nnx.Module, Batch], Any]
+    loss: Loss
+
+    @classmethod
+    def of(cls, model: nnx.Module, predict: Any, loss: Loss, wrt: Any) -> tuple["SplitModel", PyTree, PyTree, PyTree]:
+        """Returns (the static half, parameters, frozen parameters, model state) of a module, all of them nested dicts."""
+        graph, params, random, _, frozen, rest = _split(model, wrt)
+        deterministic, evaluation = (
+            _split(nnx.view(model, raise_if_not_found=False, **flags), wrt)[0]
+            for flags in (_DETERMINISTIC, _EVALUATION)
+        )
+        streams = tuple((path, type(v), v.get_value().shape) for path, v in nnx.to_flat_state(random))
+        params, frozen, rest = map(nnx.to_pure_dict, (params, frozen, rest))
+        paths = (*by_path(params), *by_path(frozen))
+        return cls(graph, deterministic, evaluation, paths, streams, wrt, predict, loss), params, frozen, rest
+
+    def random_state(self, key: jax.Array | None) -> PyTree:
+        """The module's random streams, folded out of `key` in path order; counts start at zero."""
+        key = jax.random.key(0) if key is None else key
+        state: dict[Any, Any] = {}
+        for i, (path, kind, shape) in enumerate(self.streams):
+            node = state
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            is_key = issubclass(kind, nnx.RngKey)
+            node[path[-1]] = (
+                jax.random.split(jax.random.fold_in(key, i), shape) if is_key else jnp.zeros(shape, "uint32")
+            )
+        return state
+
+    def merge(self, graph: nnx.GraphDef, params: PyTree, model_state: PyTree, key: jax.Array | None) -> nnx.Module:
+        """The module with these parameters, frozen ones included."""
+        # copy=True: without it, BatchNorm inside an HVP raises TraceContextError when it assigns its statistics
+        return nnx.merge(graph, params, self.random_state(key), model_state, copy=True)
+
+    def apply(self, params, model_state, batch, key, evaluation: bool, prepare=None) -> tuple[Any, PyTree]:
+        """(outputs, the model state after the forward pass); `prepare` may change the module before."""
+        graph = self.evaluation if evaluation else self.deterministic if key is None else self.train
+        module = self.merge(graph, params, model_state, key)
+        if prepare is not None:
+            prepare(module)
+        outputs = self.predict(module, batch)
+        rest = nnx.to_pure_dict(_split(module, self.wrt)[-1])
+        # keep what the split module had; variables that a forward pass adds (sown values) are not part of the state
+        return outputs, _same_structure(rest, model_state)
+
+
+def annotated_specs(model: nnx.Module, wrt: Any = nnx.Param) -> PyTree:
+    """The PartitionSpec that NNX sharding annotations give every trainable variable; empty where there is none."""
+    return nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(model, wrt)))
+
+
+def _split(module: nnx.Module, wrt: Any) -> tuple[Any, ...]:
+    """(graph, trainable, random streams, sown values, frozen, the rest)."""
+    return nnx.split(module, wrt, nnx.RngState, nnx.Intermediate, nnx.Param, ...)
+
+
+def _same_structure(found: Any, wanted: Any) -> Any:
+    if isinstance(wanted, dict):
+        return {name: _same_structure(found[name], value) for name, value in wanted.items()}
+    return found
