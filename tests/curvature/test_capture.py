@@ -16,9 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from curvtrain import losses
 from curvtrain.curvature import register_layer
-from curvtrain.curvature.capture import EmbedLayer, NormLayer, PlainParameter, Statistic, collect, cover
+from curvtrain.curvature.capture import EmbedLayer, LayerMeasure, MatrixLayer, NormLayer, PlainParameter, Statistic, cover
 from curvtrain.curvature.capture import layers as known_layers
-from curvtrain.curvature.capture.layers import MatrixLayer
 from curvtrain.curvature.capture.statistics import (
     DiagonalStatistic,
     FullStatistic,
@@ -58,6 +57,8 @@ class Everything(Statistic):
     blocks: bool = True
     reduce: bool = True
 
+    needs = ("block",)
+
     def parts(self, layer):
         found = [("", KroneckerStatistic("expand", scales=self.scales)), ("", DiagonalStatistic())]
         if self.blocks:
@@ -72,9 +73,16 @@ class Everything(Statistic):
     def given(self, layer):
         return KroneckerStatistic(scales=self.scales).given(layer)
 
-    def __call__(self, call, saved, s, given):
-        parts = self.parts(call.layer)
-        return {p + name: v for p, part in parts for name, v in part(call, saved, s, given).items()}
+    def __call__(self, layer, backward):
+        return {p + name: v for p, part in self.parts(layer) for name, v in part(layer, backward).items()}
+
+
+def collect(objective, params, batch, key, coverage, statistic, fisher, *, given=None, who="test"):
+    """(sums of a statistic over a batch, W)."""
+    measure = LayerMeasure.of(
+        objective, params, batch, key, coverage, statistic, fisher, given=given, who=who
+    )
+    return objective.measure(params, batch, key, measure)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -89,7 +97,7 @@ def orthogonal(coverage):
         if isinstance(layer, MatrixLayer):
             of = lambda d, seed, n=layer.copies: np.linalg.qr(random(n, d, d, seed=seed))[0].astype(np.float32)
             QA, QG = of(layer.d_i, 1), of(layer.d_o, 2)
-            lead = (*layer.stack, layer.groups)
+            lead = (*layer.scan_axes, layer.groups)
             found[layer.name] = {"QA": QA.reshape(*lead, *QA.shape[1:]), "QG": QG.reshape(*lead, *QG.shape[1:])}
     return found
 
@@ -405,14 +413,16 @@ def worst(coverage, found, all_uses, given):
             wanted = {names.get(n, n): v for n, v in want.items()}
             wanted |= {n: wanted[n] for n in ("A", "G")}
         elif isinstance(layer, EmbedLayer):
-            wanted = {"counts": np.einsum("gii->i", want["A"]), "G": want["G"][0], "rows": want["rows"]}
-            wanted |= {"D2": want["D2"][0], "unit_F": want["unit"], "full_F": want["full"]}
+            wanted = {"counts": np.einsum("gii->gi", want["A"]), "G": want["G"], "rows": want["rows"]}
+            wanted |= {"D2": want["D2"], "unit_F": want["unit"], "full_F": want["full"]}
         else:
             assert isinstance(layer, NormLayer)
             flat = [u.D[..., 0].swapaxes(-1, -2).reshape(*u.D.shape[:2], -1) for u in mine]  # (P, N, p C)
-            F = np.moveaxis(want["unit"][:, 0], 0, -1)
+            F = want["unit"][:, 0][None]
             full = sum(np.einsum("pni,pnj->ij", f, f) for f in flat)[None]
-            wanted = {"F": F, "unit_F": F, "D2": want["D2"][..., 0].T, "full_F": full}
+            wanted = {"F": F, "unit_F": F, "D2": want["D2"][..., 0].T[None], "full_F": full}
+        for name in {"rows", "reduce_rows"} & wanted.keys():
+            wanted[name] = np.broadcast_to(wanted[name], got.get(name, wanted[name]).shape)
         for name in wanted.keys() & got.keys():
             whole = wanted.get(name.removeprefix("reduce_"), 0.0)  # sums over positions may cancel: a key's bias does
             errors[layer.name, name] = error(got[name], wanted[name], np.abs(whole).max())
@@ -599,13 +609,13 @@ def worst_of_tied(coverage, found, all_uses, given):
     D = all_uses["attend"][0].D.swapaxes(-1, -2)
     flat = D.reshape(*D.shape[:3], -1)
     want = {
-        "counts": np.diagonal(into["A"][0]),
-        "rows": into["rows"],
-        "G": into["G"][0],
-        "A_head": out["A"][0],
-        "G_head": np.diagonal(out["G"][0]),
-        "head_rows": out["rows"],
-        "D2": into["D2"][0] + out["D2"][0].T,
+        "counts": np.einsum("gii->gi", into["A"]),
+        "rows": into["rows"][None],
+        "G": into["G"],
+        "A_head": out["A"],
+        "G_head": np.einsum("gii->gi", out["G"]),
+        "head_rows": out["rows"][None],
+        "D2": into["D2"] + out["D2"].swapaxes(1, 2),
         "unit_F": into["unit"] + np.einsum("pngio,pngjo->goij", D, D),
         "full_F": into["full"] + np.einsum("pngi,pngj->gij", flat, flat),
     }
@@ -666,7 +676,7 @@ def test_plain_parameters_have_the_exact_diagonal(fisher, microbatch):
     all_uses, _, _ = reference(net, params, batch, "softmax", fisher, batch["drawn"] if fisher == "sampled" else None)
     assert found.keys() == all_uses.keys()
     for name, uses in all_uses.items():
-        assert error(found[name]["D2"], ref.statistics(uses)["D2"][0]) < TOLERANCE
+        assert error(found[name]["D2"], ref.statistics(uses)["D2"].reshape(1, 1, -1)) < TOLERANCE
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------
@@ -922,7 +932,7 @@ def test_permuted_channels_permute_the_factors():
     again, _ = statistics(objective, moved, images())
     assert_same(again["conv"]["G"], found["conv"]["G"][:, order][:, :, order])
     assert_same(again["conv"]["A"], found["conv"]["A"])
-    assert_same(again["norm"]["F"], found["norm"]["F"][..., order])
+    assert_same(again["norm"]["F"], found["norm"]["F"][:, order])
     with_one = np.append(order, 4)
     assert_same(again["head"]["A"], found["head"]["A"][:, with_one][:, :, with_one])
 
@@ -1192,7 +1202,7 @@ def test_arguments_of_calls():
 
 def test_reduce_of_an_embedding_is_refused():
     objective, params, batch, _ = one_layer("embed")
-    with pytest.raises(ValueError, match=r"weight_sharing='reduce' averages one-hot rows"):
+    with pytest.raises(ValueError, match=r"weight_sharing='reduce' needs one token per example, but Embed 'layer' looks up \d+"):
         statistics(objective, params, batch, statistic=KroneckerStatistic("reduce"))
 
 

@@ -155,7 +155,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
             return Structure.of(params)
         stacks = {}
         for layer in cover(objective, params, "PSGD", uncovered="diagonal").layers:
-            stacks |= {(*layer.path, name): len(layer.stack) for name, _ in layer.shapes}
+            stacks |= {(*layer.path, name): len(layer.scan_axes) for name, _ in layer.shapes}
         of = lambda path, _: stacks.get(tuple(k.key for k in path), 0)
         return Structure.of(params, jax.tree_util.tree_map_with_path(of, params))
 
