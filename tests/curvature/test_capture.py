@@ -15,8 +15,18 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from curvtrain import losses
-from curvtrain.curvature import register_layer
-from curvtrain.curvature.capture import EmbedLayer, LayerMeasure, MatrixLayer, NormLayer, PlainParameter, Statistic, cover
+from curvtrain.curvature import KFAC, DiagonalFisher, FullBlock, KroneckerDiagonal, UnitWise, register_layer
+from curvtrain.curvature.capture import (
+    EmbedLayer,
+    Explicit,
+    Layer,
+    LayerMeasure,
+    NormLayer,
+    PlainParameter,
+    Statistic,
+    UnitBlocks,
+    cover,
+)
 from curvtrain.curvature.capture import layers as known_layers
 from curvtrain.curvature.capture.statistics import (
     DiagonalStatistic,
@@ -63,7 +73,7 @@ class Everything(Statistic):
         found = [("", KroneckerStatistic("expand", scales=self.scales)), ("", DiagonalStatistic())]
         if self.blocks:
             found += [("unit_", UnitStatistic()), ("full_", FullStatistic())]
-        if self.reduce and isinstance(layer, MatrixLayer):
+        if self.reduce and layer.block().own is None:
             found += [("reduce_", KroneckerStatistic("reduce"))]
         return found
 
@@ -79,9 +89,7 @@ class Everything(Statistic):
 
 def collect(objective, params, batch, key, coverage, statistic, fisher, *, given=None, who="test"):
     """(sums of a statistic over a batch, W)."""
-    measure = LayerMeasure.of(
-        objective, params, batch, key, coverage, statistic, fisher, given=given, who=who
-    )
+    measure = LayerMeasure.of(objective, params, batch, key, coverage, statistic, fisher, given=given, who=who)
     return objective.measure(params, batch, key, measure)
 
 
@@ -94,7 +102,7 @@ def orthogonal(coverage):
     """Some Q_A and Q_G for every matrix, shaped as `collect` wants them."""
     found = {}
     for layer in coverage.known:
-        if isinstance(layer, MatrixLayer):
+        if layer.block().own is None:
             of = lambda d, seed, n=layer.copies: np.linalg.qr(random(n, d, d, seed=seed))[0].astype(np.float32)
             QA, QG = of(layer.d_i, 1), of(layer.d_o, 2)
             lead = (*layer.scan_axes, layer.groups)
@@ -408,7 +416,7 @@ def worst(coverage, found, all_uses, given):
         got, mine = dict(found[layer.name]), all_uses[layer.name]
         Q = given.get(layer.name, {})
         want = ref.statistics(mine, Q.get("QA"), Q.get("QG"))
-        if isinstance(layer, MatrixLayer):
+        if layer.block().own is None:
             names = {"unit": "unit_F", "full": "full_F"}
             wanted = {names.get(n, n): v for n, v in want.items()}
             wanted |= {n: wanted[n] for n in ("A", "G")}
@@ -1203,7 +1211,9 @@ def test_arguments_of_calls():
 
 def test_reduce_of_an_embedding_is_refused():
     objective, params, batch, _ = one_layer("embed")
-    with pytest.raises(ValueError, match=r"weight_sharing='reduce' needs one token per example, but Embed 'layer' looks up \d+"):
+    with pytest.raises(
+        ValueError, match=r"weight_sharing='reduce' needs one token per example, but Embed 'layer' looks up \d+"
+    ):
         statistics(objective, params, batch, statistic=KroneckerStatistic("reduce"))
 
 
@@ -1220,3 +1230,274 @@ def test_fishers_that_cannot_be():
     other, _ = Objective.from_model(MLP(nnx.Rngs(0)), lambda model, batch: model(batch["x"]), mine)
     with pytest.raises(TypeError, match=r"KFAC\(fisher='exact'\) knows the distribution of .* not of PerExample"):
         of(other, batch_of("softmax", True), "exact")
+
+
+# -- adapters, and layers of which a part is trained -------------------------------------------------------------------
+
+
+class Adapted(nnx.Module):
+    """Two adapters: around a layer of its own, and in the place of one."""
+
+    def __init__(self, rngs):
+        self.a = nnx.LoRALinear(D, 6, lora_rank=2, rngs=rngs)
+        self.b = nnx.LoRA(6, 3, C, base_module=nnx.Linear(6, C, rngs=rngs), rngs=rngs)
+
+    def __call__(self, x):
+        return self.b(nnx.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_both_matrices_of_an_adapter_are_layers(fisher):
+    predict = lambda model, batch: model(batch["x"])
+    loss = losses.SoftmaxCrossEntropy("t")
+    objective, params = Objective.from_model(Adapted(nnx.Rngs(0)), predict, loss, wrt=nnx.LoRAParam)
+    params, frozen = randomised(params), objective.frozen
+
+    def net(tape, p, x):
+        adapter = lambda name, x, p: tape(
+            f"{name}/lora_b", tape(f"{name}/lora_a", x[None], p["lora_a"][None]), p["lora_b"][None]
+        )[0]
+        linear = lambda x, p: x @ np.asarray(p["kernel"], np.float64) + np.asarray(p["bias"], np.float64)
+        h = jnp.tanh(linear(x, frozen["a"]) + adapter("a/lora", x, p["a"]["lora"]))
+        return linear(h, frozen["b"]["base_module"]) + adapter("b", h, p["b"])
+
+    batch = batch_of("softmax", True, weighted=True)
+    check(objective, params, batch, net, "softmax", fisher, Everything(reduce=fisher != "exact"))
+    names = [layer.name for layer in cover(objective, params, "test").layers]
+    assert names == ["a/lora/lora_a", "a/lora/lora_b", "b/lora_a", "b/lora_b"]
+
+
+def test_only_what_is_trained_is_covered():
+    """A kernel without its bias, a bias without its kernel, a norm's scale alone: parts of the whole statistics."""
+    objective, params = whole_model("softmax", model=Stack, how="unrolled")
+    params, batch = randomised(params), batch_of("softmax", True, weighted=True)
+    whole, _ = statistics(objective, params, batch, statistic=Everything(False, reduce=False))
+    chosen = [("blocks", 0, "linear", "kernel"), ("blocks", 0, "norm", "scale"), ("blocks", 1, "linear", "bias")]
+    part, some = objective.select(params, chosen)
+    found, _ = statistics(part, some, batch, statistic=Everything(False, reduce=False))
+    assert found.keys() == {"blocks/0/linear", "blocks/0/norm", "blocks/1/linear"}
+    for name, rows in (("blocks/0/linear", slice(0, D)), ("blocks/1/linear", slice(D, None))):
+        want = whole[name]
+        assert error(found[name]["A"], want["A"][:, rows, rows]) < TOLERANCE
+        assert error(found[name]["G"], want["G"]) < TOLERANCE
+        assert error(found[name]["D2"], want["D2"][:, rows]) < TOLERANCE
+        assert error(found[name]["unit_F"], want["unit_F"][:, :, rows, rows]) < TOLERANCE
+    assert error(found["blocks/0/norm"]["F"], whole["blocks/0/norm"]["F"][:, :, :1, :1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("entry", ["ndim 1", "ndim 2", "integers", "with a mask"])
+def test_float_weights(entry):
+    """The empirical Fisher rides on the loss's backward pass with one weight per example, else on one of its own."""
+    objective, params = whole_model("softmax", True)
+    batch = batch_of("softmax", True)
+    w = np.linspace(0, 2, N).astype(np.float32)  # zero is among them
+    wide = np.linspace(0, 2, 3 * N).reshape(N, 3).astype(np.float32)
+    mask = np.arange(3 * N).reshape(N, 3) % 4 != 1
+    more = {
+        "ndim 1": {"weights": w},
+        "ndim 2": {"weights": wide},
+        "integers": {"mask": (w > 0).astype(np.int32)},
+        "with a mask": {"weights": w, "mask": mask},
+    }
+    check(objective, params, batch | more[entry], mlp, "softmax", "empirical")
+
+
+# -- layers of one's own -----------------------------------------------------------------------------------------------
+
+
+class Gate(nnx.Module):
+    """y = x * gate: a layer that is none of flax's."""
+
+    def __init__(self, rngs):
+        self.gate = nnx.Param(jnp.ones(D))
+
+    def __call__(self, x):
+        return x * self.gate[...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GateLayer(Layer):
+    """M (1, 1, D): the gradient of an example is the sum of its s x."""
+
+    @classmethod
+    def from_module(cls, path, module):
+        return cls(path, "Gate", (), (("gate", module.gate.get_value().shape),))
+
+    @property
+    def d_i(self):
+        return 1
+
+    @property
+    def d_o(self):
+        return self.shapes[0][1][0]
+
+    def matrix(self, parameters):
+        return parameters["gate"].reshape(1, 1, self.d_o)
+
+    def parameters(self, matrix):
+        return {"gate": matrix.reshape(self.d_o)}
+
+    def gradients(self, backward):
+        products = (backward.s * backward.saved).reshape(backward.examples, -1, self.d_o)
+        return Explicit(jnp.sum(products, axis=1)[None, :, None])
+
+    def block(self):
+        return UnitBlocks(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfGate(GateLayer):
+    """The same without a block."""
+
+    block = Layer.block
+
+
+class Gated(nnx.Module):
+    def __init__(self, rngs):
+        self.gate, self.a = Gate(rngs), nnx.Linear(D, C, rngs=rngs)
+
+    def __call__(self, x):
+        return self.a(nnx.tanh(self.gate(x)))
+
+
+def estimated(estimator, objective, params, batch):
+    c = jax.jit(estimator.update)(estimator.init(objective, params), objective, params, batch, jax.random.key(0))
+    return jax.jit(estimator.refresh)(c, objective, params, None, None, 0.1)
+
+
+@pytest.mark.parametrize("kind", [KFAC, KroneckerDiagonal, DiagonalFisher, UnitWise, FullBlock])
+def test_a_layer_of_ones_own_is_given_to_an_estimator(kind):
+    """Its diagonal is the exact one, as of a plain parameter; nothing of it is known to other estimators."""
+    objective, params = Objective.from_model(
+        Gated(nnx.Rngs(0)), lambda m, b: m(b["x"]), losses.SoftmaxCrossEntropy("t")
+    )
+    batch = batch_of("softmax", True, weighted=True)
+    mine = estimated(kind("empirical", layers={Gate: GateLayer}), objective, params, batch)
+    plain = estimated(kind("empirical", plain="gate"), objective, params, batch)
+    assert [layer.kind for layer in mine.coverage.layers] == ["Linear", "Gate"]
+    diagonals = [c.diagonal()["gate"]["gate"] for c in (mine, plain)]
+    assert error(*diagonals) < TOLERANCE
+    if kind is not DiagonalFisher:
+        with pytest.raises(ValueError, match=r"gate/gate: no layer that is registered"):
+            kind().init(objective, params)
+    if kind in (KFAC, KroneckerDiagonal):
+        message = (
+            rf"{kind.__name__} needs block\(\) of a layer, and HalfGate, the layer of Gate 'gate', .* HalfGate.block"
+        )
+        with pytest.raises(TypeError, match=message):
+            kind(layers={Gate: HalfGate}).init(objective, params)
+    with pytest.raises(TypeError, match=rf"{kind.__name__}\(layers\) should be a subclass of curvature.Layer, not"):
+        kind(layers={Gate: int})
+
+
+def test_registered_for_one_estimator():
+    objective, params, _ = covered(One(nnx.Linear(D, C, rngs=nnx.Rngs(0))))
+    mine, same, _ = covered(One(Mine(D, C, rngs=nnx.Rngs(0))), layers={Mine: known_layers.DenseLayer})
+    estimator = KFAC("empirical", layers={Mine: known_layers.DenseLayer})
+    assert hash(estimator) == hash(KFAC("empirical", layers={Mine: known_layers.DenseLayer}))
+    got, want = (
+        estimated(e, o, p, batch_of("softmax"))
+        for e, o, p in ((estimator, mine, same), (KFAC("empirical"), objective, params))
+    )
+    jax.tree.map(np.testing.assert_array_equal, got.factors, want.factors)
+    with pytest.raises(ValueError, match=r"Mine is a subclass of Linear: register_layer it"):
+        KFAC().init(mine, same)
+
+
+# -- parameters without entries, outputs of every kind ------------------------------------------------------------------
+
+
+class Empty(nnx.Module):
+    """Kernels without rows or columns, and a parameter without entries."""
+
+    def __init__(self, rngs):
+        zeros = nnx.initializers.zeros
+        self.a, self.b = nnx.Linear(0, D, kernel_init=zeros, rngs=rngs), nnx.Linear(D, C, rngs=rngs)
+        self.none = nnx.Linear(D, 0, kernel_init=zeros, rngs=rngs)
+        self.nothing = nnx.Param(jnp.zeros((0, 2)))
+
+    def __call__(self, x):
+        h = self.a(x[..., :0])
+        return self.b(nnx.tanh(x + h)) + jnp.sum(self.none(x), axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", [KFAC, KroneckerDiagonal, DiagonalFisher, UnitWise, FullBlock])
+def test_parameters_of_no_size(kind):
+    objective, params = Objective.from_model(
+        Empty(nnx.Rngs(0)), lambda m, b: m(b["x"]), losses.SoftmaxCrossEntropy("t")
+    )
+    c = estimated(kind("empirical"), objective, params, batch_of("softmax"))
+    solved = c.solve(params, 0.1)
+    assert jax.tree.map(jnp.shape, solved) == jax.tree.map(jnp.shape, params)
+    assert np.any(c.diagonal()["a"]["bias"]) and np.isfinite(c.logdet(0.1))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((solved, c.telemetry())))
+
+
+class Heads(nnx.Module):
+    """A class and a number, with an integer beside them."""
+
+    def __init__(self, rngs):
+        self.kind, self.size = nnx.Linear(D, C, rngs=rngs), nnx.Linear(D, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return {"kind": self.kind(x), "size": self.size(x)[:, 0], "count": jnp.arange(len(x))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(losses.Loss):
+    """A class and a number with unit variance; draws both."""
+
+    def values(self, outputs, batch):
+        classes = losses.SoftmaxCrossEntropy("t").values(outputs["kind"], batch)
+        return classes + 0.5 * jnp.square(outputs["size"] - batch["size"])
+
+    def sample_targets(self, outputs, batch, key):
+        return batch | {"t": batch["drawn"], "size": batch["drawn size"]}
+
+    def hessian_columns(self, outputs):
+        classes = losses.SoftmaxCrossEntropy("t").hessian_columns(outputs["kind"])
+        count = len(classes)
+        one = jnp.zeros((1, *outputs["kind"].shape))
+        size = jnp.zeros((count + 1, len(outputs["size"]))).at[count].set(1.0)
+        return {"kind": jnp.concatenate([classes, one]), "size": size}
+
+
+@pytest.mark.parametrize("fisher", ["ggn", "sampled", "empirical"])
+def test_several_heads(fisher):
+    """Heads are linear: the block of each is A (x) G with the cotangents of its own output."""
+    objective, params = Objective.from_model(Heads(nnx.Rngs(0)), lambda m, b: m(b["x"]), Both())
+    batch = batch_of("softmax") | {"size": random(N, seed=3), "drawn size": random(N, seed=4)}
+    batch |= {"drawn": targets("softmax", (N,), seed=9), "weights": np.linspace(0.5, 2, N).astype(np.float32)}
+    found, W = statistics(objective, params, batch, fisher, KroneckerStatistic(), jax.random.key(0))
+    z = jax.tree.map(lambda a: np.asarray(a, np.float64), objective.predict(params, batch))
+    t, size = (batch["drawn"], batch["drawn size"]) if fisher == "sampled" else (batch["t"], batch["size"])
+    w = batch["weights"].astype(np.float64)
+    kind, number = ref.gradient("softmax", z["kind"], t), (z["size"] - size)[:, None]
+    want = {"kind": np.einsum("n,ni,nj->ij", w, kind, kind), "size": np.einsum("n,ni,nj->ij", w, number, number)}
+    if fisher == "ggn":
+        want = {"kind": np.einsum("n,nij->ij", w, ref.hessian("softmax", z["kind"])), "size": [[w.sum()]]}
+    for name in want:
+        assert error(found[name]["G"][0], want[name]) < TOLERANCE
+    np.testing.assert_allclose(W, w.sum(), rtol=1e-6)
+
+
+def test_outputs_that_a_loss_cannot_use_are_named():
+    mine = losses.PerExample(lambda z, batch: z["size"] ** 2)
+    objective, params = Objective.from_model(Heads(nnx.Rngs(0)), lambda m, b: m(b["x"]), mine)
+    for fisher in ("exact", "ggn", "sampled"):
+        message = rf"KFAC\(fisher='{fisher}'\) .*PerExample.*outputs {{'count'.*'kind'.*Use fisher='.*empirical'"
+        with pytest.raises(TypeError, match=message):
+            jax.eval_shape(
+                lambda p, b, fisher=fisher: collect(
+                    objective,
+                    p,
+                    b,
+                    jax.random.key(0),
+                    cover(objective, params, "KFAC"),
+                    KroneckerStatistic(),
+                    fisher,
+                    who="KFAC",
+                ),
+                params,
+                batch_of("softmax"),
+            )
