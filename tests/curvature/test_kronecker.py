@@ -289,6 +289,45 @@ def test_powers(inverse, exponent):
     compare(c, c.power(v, damping, exponent), by_block(c, v, power), 1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@inverses
+def test_diagonal_and_determinant(inverse, tied):
+    """Of the matrix C as it is, for any damping; also of a table that `attend` uses too, row by row."""
+    c = refreshed(inverse, tied)
+    dense = {name: list(C) for name, C in blocks(c).items()}
+    ones = jax.tree.map(np.ones_like, c.coverage.zeros())
+    diagonal = by_block(c, ones, lambda C: np.diag(np.diag(C)))
+    compare(c, jax.jit(lambda c: c.diagonal())(c), diagonal, 1e-6)
+    of = jax.jit(lambda c, damping: c.logdet(damping))
+    for damping in (1e-3, 0.03, 1.0):
+        want = sum(np.linalg.slogdet(C + damping * np.eye(len(C)))[1] for Cs in dense.values() for C in Cs)
+        np.testing.assert_allclose(of(c, damping), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("inverse", ["eigh", "ekfac"])
+def test_powers_of_a_tied_table(inverse):
+    c, damping = refreshed(inverse, True), 0.03
+    v = vector_of(build(True)[1])
+
+    def root(C):
+        values, Q = np.linalg.eigh(C + damping * np.eye(len(C)))
+        return Q * values**-0.5 @ Q.T
+
+    compare(c, c.power(v, damping, -0.5), by_block(c, v, root), 1e-5)
+
+
+def test_no_solve_answers_for_another_damping():
+    """A factor without an inverse: at damping 0 the result is not finite, whatever the cache holds."""
+    c = refreshed("cholesky", damping=1.0)
+    factors = dict(c.factors)
+    factors["5"] = factors["5"].at[0].set(jnp.ones((5, 5)))  # of rank one
+    c, v = dataclasses.replace(c, factors=factors), vector_of(build()[1])
+    cached, exact = solve(c, v, 1.0), solve(c, v, 0.0)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(cached))
+    broken = [name for name, M in c.coverage.matrices(exact).items() if not np.all(np.isfinite(M))]
+    assert "a" in broken and "head" not in broken
+
+
 def test_cholesky_has_no_powers():
     c = refreshed("cholesky")
     v = vector_of(build()[1])

@@ -137,12 +137,13 @@ class KroneckerFactors(Curvature):
         def factorise(given):
             X, shifts, old = ({size: arrays[i] for size, (arrays, _) in given.items()} for i in range(3))
             X = {size: _outside(A, given[size][0][3:], 1.0) for size, A in X.items()}  # an inverse, whatever the shift
-            kept = {size: None if due is None else (due, old[size]) for size, (_, due) in given.items()}
             if not keep:
-                kept = dict.fromkeys(kept)
-            new = stacks.in_turn(lambda size, shift: stacks.inverse(X[size], shift, kept[size]), shifts)
+                new = stacks.inverses(X, shifts)
+                return keep_finite(new, new, {size: diagonals(X) for size, X in new.items()})
+            kept = {size: (due, old[size]) for size, (_, due) in given.items() if due is not None}
+            new = stacks.inverses(X, shifts, kept)
             shown = {size: diagonals(X) for size, X in new.items()}
-            return keep_finite(new, old if keep else new, shown)
+            return keep_finite(new, old, shown)
 
         old = self.inverses if keep else self.factors  # of which nothing is kept
         given = {size: (X, shifts[size], old[size], *self._rows(size)) for size, X in self.factors.items()}

@@ -100,7 +100,7 @@ class Factored(Block):
     def given(self, options):
         return (("QA", "QG", "due") if options.sometimes else ("QA", "QG")) if options.scales else ()
 
-    def shapes(self, layer, options):
+    def shapes(self, layer, options) -> Shapes:
         g, i, o = layer.groups, layer.d_i, layer.d_o
         square = (lambda n: (g, n)) if options.diagonal else (lambda n: (g, n, n))
         shapes: Shapes = {"A": square(i), "G": square(o), "rows": (g,)}
@@ -215,7 +215,7 @@ class UnitBlocks(OwnBlock):
     def key(self):
         return f"{self.p}x{self.p}"
 
-    def shapes(self, layer, options):
+    def shapes(self, layer, options) -> Shapes:
         if options.diagonal:
             return {"D2": (layer.groups, layer.d_i, layer.d_o)}
         return {"F": (layer.groups, layer.d_o, self.p, self.p)}
@@ -223,10 +223,10 @@ class UnitBlocks(OwnBlock):
     def measure(self, layer, backward, options):
         return {"D2": layer.squares(backward)} if options.diagonal else {"F": layer.units(backward)}
 
-    def stored(self, copies, d_o):
+    def stored(self, copies, d_o) -> Shapes:
         return {"F": (copies * d_o, self.p, self.p)}
 
-    def basis_shapes(self, stored):
+    def basis_shapes(self, stored) -> Shapes:
         shape = stored["F"]
         return {} if self.p <= 2 else {"Q": shape, "values": shape[:-1]}
 
@@ -294,13 +294,13 @@ class DiagonalBlock(OwnBlock):
     def key(self):
         return self.name
 
-    def shapes(self, layer, options):
+    def shapes(self, layer, options) -> Shapes:
         return {"D2": (1, 1, layer.size)}
 
     def measure(self, layer, backward, options):
         return {"D2": layer.squares(backward)}
 
-    def stored(self, copies, d_o):
+    def stored(self, copies, d_o) -> Shapes:
         return {"D2": (copies, 1, d_o)}
 
     def entries(self, M):

@@ -22,6 +22,7 @@ from curvtrain.curvature import trees
 from curvtrain.curvature.capture.layers.blocks import (
     Arrays,
     OwnBlock,
+    Shapes,
     second_moment,
     second_moment_diagonal,
     shared,
@@ -50,7 +51,7 @@ class TableBlock(OwnBlock):
     def key(self):
         return f"table {self.V}x{self.D}"
 
-    def shapes(self, layer, options):
+    def shapes(self, layer, options) -> Shapes:
         V, D = (1, self.V), (1, self.D) if options.diagonal else (1, self.D, self.D)
         return {"counts": V, "G": D, "rows": (1,), "A_head": D, "G_head": V, "head_rows": (1,)}
 
@@ -84,11 +85,11 @@ class TableBlock(OwnBlock):
 
     # -- as it is stored -----------------------------------------------------------------------------------------------
 
-    def stored(self, copies, d_o):
+    def stored(self, copies, d_o) -> Shapes:
         V, D = (copies, self.V), (copies, self.D, self.D)
         return {"counts": V, "G": D, "A_head": D, "G_head": V}
 
-    def basis_shapes(self, stored):
+    def basis_shapes(self, stored) -> Shapes:
         square = stored["G"]
         return {"Q": square, "G": square[:-1], "A_head": square[:-1]}
 
