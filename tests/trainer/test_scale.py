@@ -9,9 +9,10 @@ from flax import nnx
 
 from curvtrain import CurvatureSchedule, TrainerConfig, losses, optim
 from curvtrain.curvature import KFAC, PSGD, Kron, Lanczos, LowRank
-from curvtrain.trainer.plan import Plan, Task
-from curvtrain.trainer.report import ProgramReport, collectives
-from curvtrain.trainer.step import Kind
+from curvtrain.trainer.run.layout import Task
+from curvtrain.trainer.run.plan import Plan
+from curvtrain.trainer.run.step import Kind
+from curvtrain.trainer.watch.report import ProgramReport, collectives
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -68,7 +69,7 @@ def test_bytes_of_a_device(name):
 def sent(name, kind, **options):
     """(bytes of all collectives of a program, {kind: bytes}, bytes of the parameters, the text); of four layers."""
     plan = plan_of(name, layers=4, width=128, **options)
-    compiled = plan.lower(kind).compile()
+    compiled = plan.programs.lower(kind).compile()
     found = ProgramReport.of(str(kind), compiled).sent
     return sum(found.values()), found, plan.state_report()["params"].whole, compiled.as_text()
 

@@ -12,7 +12,7 @@ from tiny import CLASSES, FEATURES, Mlp, trainer
 
 from curvtrain import optim
 from curvtrain.curvature import Lanczos
-from curvtrain.trainer import sharding
+from curvtrain.trainer.mesh import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -1,31 +1,25 @@
-"""Batches as a pure function of (seed, step), from arrays in memory or from a grain dataset.
+"""Training batches as a pure function of (seed, step), from arrays in memory or from a grain dataset.
 
-Arrays go through a batch-level grain source: a whole batch is one gather. The position is the step, so a run resumes
-exactly, on any number of processes: every process takes its rows of the same global batch.
+Arrays go through a grain source whose elements are whole batches: a batch is one gather. The position is the step, so a
+run resumes exactly, on any number of processes: every process takes its rows of the same global batch.
 """
 
 import abc
 import functools
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from curvtrain.objective import batch_size as size_of
-from curvtrain.trainer import distributed
+from curvtrain.trainer.data.fingerprint import checksum, rows_checksum
+from curvtrain.trainer.data.nested import Batch, check_arrays, map_arrays
+from curvtrain.trainer.mesh import distributed
 
-Arrays = Mapping[str, np.ndarray]
-Batch = dict[str, np.ndarray]
-Positions = dict[str, Any]  # of the iterators "train" and "curvature"
-
-READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # of whole batches: grain's own 500 fill the memory
-ENDLESS = 2**40  # batches: grain's length of a dataset that repeats is larger
-TRAIN, CURVATURE = 0, 1  # streams: what refreshes draw never shifts the order of the training data
+READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # in whole batches: grain's own 500 fill the memory
+TRAIN, CURVATURE = 0, 1  # streams: the batches that refreshes draw never shift the order of the training data
 
 
 class Batches(Protocol):
@@ -51,17 +45,17 @@ class TrainData(abc.ABC):
 
     @abc.abstractmethod
     def sample(self) -> Batch:
-        """What the loss checks once on the host: all of the data if it is in memory, else the first batch."""
+        """The examples that the loss checks once on the host: all of them if they are in memory, else the first batch."""
 
     @abc.abstractmethod
     def description(self) -> dict[str, Any]:
-        """What the data is made of, as plain JSON: a run is resumed only if it is unchanged."""
+        """Describes the data as plain JSON: a run is resumed only if the description is unchanged."""
 
 
 class ArrayData(TrainData):
-    """Shuffled epochs over arrays in memory; what does not fill a batch is left to the next shuffle."""
+    """Shuffled epochs over arrays in memory; examples that do not fill a batch are left to the next shuffle."""
 
-    def __init__(self, arrays: Arrays, batch_size: int, seed: int, shard: int = 0, shards: int = 1):
+    def __init__(self, arrays: Mapping[str, Any], batch_size: int, seed: int, shard: int = 0, shards: int = 1):
         self.arrays = check_arrays("train_data", arrays)
         self.batch_size, self.seed, self.shard, self.shards = batch_size, seed, shard, shards
         examples = size_of(self.arrays)
@@ -108,7 +102,7 @@ class GrainData(TrainData):
     def __init__(self, dataset: grain.MapDataset | grain.IterDataset, batch_size: int, shard: int = 0, shards: int = 1):
         self.dataset, self.batch_size = dataset, batch_size
         try:
-            self._first = check_arrays("train_data", next(iter(_batches("train_data", dataset))))
+            self._first = check_arrays("train_data", next(iter(grain_batches("train_data", dataset))))
         except StopIteration:
             raise ValueError("train_data is an empty grain dataset.") from None
         found, wanted = size_of(self._first), batch_size // shards
@@ -128,7 +122,7 @@ class GrainData(TrainData):
         self._checksum = f"{sum(sums.values()) % 2**32:08x}"
 
     def iterator(self, stream=TRAIN, multiple=1):
-        dataset = _batches("train_data", self.dataset)
+        dataset = grain_batches("train_data", self.dataset)
         return _Endless(iter(dataset if multiple == 1 else dataset.batch(multiple, drop_remainder=True).map(_flatten)))
 
     def first(self):
@@ -149,9 +143,10 @@ def make_train_data(data: Any, batch_size: int, seed: int, shard: int = 0, shard
     """`train_data` as given to a Trainer, as batches for this process. Raises TypeError for anything else.
 
     Args:
-      data: `train_data`.
-      batch_size, seed: of the run.
-      shard, shards: which piece of every batch this process holds, of how many.
+      data: the Trainer's argument.
+      batch_size: examples of the global batch.
+      seed: the run's seed, of which the order is a function.
+      shard, shards: this process holds piece `shard` of the `shards` equal pieces of every batch.
     """
     if isinstance(data, grain.MapDataset | grain.IterDataset):
         return GrainData(data, batch_size, shard, shards)
@@ -160,97 +155,6 @@ def make_train_data(data: Any, batch_size: int, seed: int, shard: int = 0, shard
     raise TypeError(
         f"train_data should be a dict of numpy arrays or a grain dataset of batches, not {type(data).__name__}."
     )
-
-
-def eval_batches(data: Any, batch_size: int, argument: str = "eval_data") -> Iterator[Batch]:
-    """Batches of exactly `batch_size` rows over the whole of `data`, in order; the last one is padded and masked.
-
-    Padding repeats the last row, and `mask` marks what is real (times a mask that the data has of its own). `argument`
-    is what errors call the data.
-    """
-    if isinstance(data, Mapping):
-        arrays = check_arrays(argument, data)
-        examples = size_of(arrays)
-        pieces: Iterator[Batch] = (
-            {name: a[start : start + batch_size] for name, a in arrays.items()}
-            for start in range(0, examples, batch_size)
-        )
-    elif isinstance(data, grain.MapDataset | grain.IterDataset):
-        if isinstance(data, grain.MapDataset) and len(data) > ENDLESS:
-            raise ValueError(
-                f"{argument} repeats without end, and would be evaluated without end; leave out .repeat()."
-            )
-        pieces = _recut(_batches(argument, data), batch_size)
-    else:
-        raise TypeError(
-            f"{argument} should be a dict of numpy arrays or a finite grain dataset, not {type(data).__name__}."
-        )
-    for piece in pieces:
-        yield _padded(piece, batch_size)
-
-
-def check_arrays(argument: str, arrays: Arrays) -> Batch:
-    """The arrays as numpy arrays of one length. Raises TypeError or ValueError naming what is wrong with them."""
-    if not arrays:
-        raise ValueError(f"{argument} is an empty dict; it should hold arrays such as 'image' and 'label'.")
-    out = {}
-    for name, value in arrays.items():
-        if flaw := _flaw(value):
-            raise TypeError(f"{argument}[{name!r}] should be an array of numbers, a row per example; it is {flaw}.")
-        out[name] = np.asarray(value)
-    lengths = {name: len(array) for name, array in out.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"The arrays of {argument} should have one length, the number of examples, not {lengths}.")
-    if 0 in lengths.values():
-        raise ValueError(f"{argument} has no examples.")
-    return out
-
-
-def _flaw(value: Any) -> str:
-    """What keeps a value from being rows of numbers, in words; empty if nothing does."""
-    try:
-        array = np.asarray(value)
-    except ValueError:  # what NumPy says of ragged lists
-        return "ragged"
-    if array.ndim == 0:
-        return "a scalar"
-    numeric = any(jnp.issubdtype(array.dtype, kind) for kind in (np.number, np.bool_))
-    return "" if numeric else f"of type {array.dtype} (ragged, or not numbers)"
-
-
-def checksum(batch: Batch) -> str:
-    """A CRC of a batch's names, shapes, dtypes and bytes."""
-    crc = 0
-    for name in sorted(batch):
-        array = np.ascontiguousarray(batch[name])
-        crc = zlib.crc32(f"{name}{array.shape}{array.dtype}".encode(), crc)
-        crc = zlib.crc32(array.tobytes(), crc)
-    return f"{crc:08x}"
-
-
-def rows_checksum(batch: Batch) -> int:
-    """A sum over a batch's examples of the CRCs of their names, shapes, dtypes and bytes: the order does not count."""
-    rows = range(size_of(batch))
-    return sum(int(checksum({name: array[row] for name, array in batch.items()}), 16) for row in rows) % 2**32
-
-
-def saved_positions(own: Positions | None) -> Any:
-    """The positions of all processes for a checkpoint: one if they are equal, as they are for arrays, else a list."""
-    everyones = distributed.gather(own)
-    return own if all(other == own for other in everyones) else everyones
-
-
-def own_positions(saved: Any) -> Positions:
-    """This process's entry of what `saved_positions` gave."""
-    if isinstance(saved, Mapping):
-        return dict(saved)
-    if len(saved) != jax.process_count():
-        raise ValueError(
-            f"The checkpoint holds the positions of train_data on {len(saved)} processes, which differ, and this run "
-            f"has {jax.process_count()}. Resume it on {len(saved)}: their number can change only where all positions "
-            f"are equal, as with arrays."
-        )
-    return saved[jax.process_index()]
 
 
 class _Shuffled(grain.sources.RandomAccessDataSource[Batch]):
@@ -270,11 +174,11 @@ class _Shuffled(grain.sources.RandomAccessDataSource[Batch]):
     def __getitem__(self, index: int) -> Batch:
         epoch, i = divmod(int(index), self._per_epoch)
         rows = self._permutation(epoch)[i * self._size : (i + 1) * self._size][self._rows]
-        return {name: array[rows] for name, array in self._arrays.items()}
+        return map_arrays(lambda a: a[rows], self._arrays)
 
 
 class _Endless:
-    """The batches of a grain dataset for training; their end is an error, for only the dataset can repeat itself."""
+    """The batches of a grain dataset. Their end is an error, because only the dataset itself can repeat them."""
 
     def __init__(self, batches: grain.DatasetIterator):
         self._batches = batches
@@ -290,7 +194,7 @@ class _Endless:
             ) from None
 
 
-def _batches(argument: str, dataset: grain.MapDataset | grain.IterDataset) -> grain.IterDataset:
+def grain_batches(argument: str, dataset: grain.MapDataset | grain.IterDataset) -> grain.IterDataset:
     """The elements of a dataset as dicts of numpy arrays."""
     iterable = dataset.to_iter_dataset(READ) if isinstance(dataset, grain.MapDataset) else dataset
     return iterable.map(functools.partial(_as_batch, argument))
@@ -299,33 +203,9 @@ def _batches(argument: str, dataset: grain.MapDataset | grain.IterDataset) -> gr
 def _as_batch(argument: str, element: Any) -> Batch:
     if not isinstance(element, Mapping):
         raise TypeError(f"{argument} should yield batches, dicts of arrays, not {type(element).__name__}.")
-    return {name: np.asarray(value) for name, value in element.items()}
+    return map_arrays(np.asarray, element)
 
 
 def _flatten(batches: Batch) -> Batch:
     """(multiple, batch, ...) -> (multiple * batch, ...)."""
-    return {name: a.reshape(-1, *a.shape[2:]) for name, a in batches.items()}
-
-
-def _recut(batches: Any, size: int) -> Iterator[Batch]:
-    """Batches of any sizes as batches of `size`, the last one shorter."""
-    held: Batch = {}
-    for batch in batches:
-        held = {name: np.concatenate([held[name], a]) for name, a in batch.items()} if held else batch
-        while size_of(held) >= size:
-            yield {name: a[:size] for name, a in held.items()}
-            held = {name: a[size:] for name, a in held.items()}
-    if held and size_of(held):
-        yield held
-
-
-def _padded(batch: Batch, size: int) -> Batch:
-    real = size_of(batch)
-    extra = size - real
-    pad = lambda a: np.concatenate([a, np.repeat(a[-1:], extra, axis=0)]) if extra else a
-    out = {name: pad(a) for name, a in batch.items()}
-    mask = np.arange(size) < real
-    if "mask" in out:
-        own = out["mask"]
-        mask = own * mask.reshape((-1,) + (1,) * (own.ndim - 1)).astype(own.dtype)
-    return {**out, "mask": mask}
+    return map_arrays(lambda a: a.reshape(-1, *a.shape[2:]), batches)

@@ -1,0 +1,1 @@
+"""What is watched of a run: metrics and who writes them, hooks, progress on the console, and reports."""
