@@ -10,7 +10,7 @@ from curvtrain.objective import Objective
 PyTree = Any  # arrays, shapes, specs and shardings come in the same container
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """The state of a run after `step` optimizer steps.
@@ -38,3 +38,15 @@ class TrainState:
     def at(self, objective: Objective) -> Objective:
         """The objective at this state: with its model state and its frozen parameters."""
         return objective.with_state(self.model_state).with_frozen(self.frozen)
+
+    # -- as a pytree -----------------------------------------------------------------------------------------------
+
+    def tree_flatten_with_keys(self):
+        """The fields by name, without `frozen` where all parameters are trained, so checkpoints lack it too."""
+        names = tuple(f.name for f in dataclasses.fields(self) if f.name != "frozen" or self.frozen is not None)
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], names
+
+    @classmethod
+    def tree_unflatten(cls, names, values):
+        """The state with these fields."""
+        return cls(**dict(zip(names, values, strict=True)))

@@ -7,8 +7,6 @@ import jax
 import numpy as np
 import optax
 import pytest
-from curvtrain.trainer.run.layout import Layout
-from curvtrain.trainer.run.programs import Programs
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 from tiny import CLASSES, FEATURES, Classifier, Counting, Mlp, examples, trainer
@@ -16,6 +14,8 @@ from tiny import CLASSES, FEATURES, Classifier, Counting, Mlp, examples, trainer
 from curvtrain import CurvatureSchedule, Objective, losses, optim
 from curvtrain.curvature import KFAC, PSGD, DiagonalFisher, Lanczos
 from curvtrain.trainer import EarlyStopping
+from curvtrain.trainer.run.layout import Layout
+from curvtrain.trainer.run.programs import Programs
 
 
 @pytest.fixture
@@ -328,7 +328,11 @@ PAIRS = {
         DiagonalFisher(),
         rf"optim\.fosi {TAKES.format('Eigenpairs')}estimates Diagonal",
     ),
-    "no parameters left": (lambda: by_label(FOSI(), "none"), Lanczos(k=2), r"optim\.fosi is given no parameters: a mask"),
+    "no parameters left": (
+        lambda: by_label(FOSI(), "none"),
+        Lanczos(k=2),
+        r"optim\.fosi is given no parameters: a mask",
+    ),
 }
 
 

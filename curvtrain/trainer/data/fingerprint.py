@@ -1,4 +1,4 @@
-"""Checksums of batches: by them a run knows its data again, and processes notice that they were given different data."""
+"""Checksums of batches: by them a run recognises its data, and processes notice that theirs differ."""
 
 import zlib
 

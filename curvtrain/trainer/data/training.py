@@ -45,7 +45,7 @@ class TrainData(abc.ABC):
 
     @abc.abstractmethod
     def sample(self) -> Batch:
-        """The examples that the loss checks once on the host: all of them if they are in memory, else the first batch."""
+        """The examples that the loss checks once, on the host: all arrays, or the first batch of a dataset."""
 
     @abc.abstractmethod
     def description(self) -> dict[str, Any]:

@@ -93,7 +93,7 @@ class Checkpoints:
         self._wait()
         if step in self._steps:
             return True
-        # Now, not in the background: a hook may change the dicts that it handed out, and values that are not JSON raise.
+        # Not in the background: a hook may change the dicts that it handed out, and values that are not JSON raise.
         meta = json.loads(json.dumps({**meta, "scores": scores or {}}))
         self._retention.rank(step, meta["scores"])
         self._failure = None

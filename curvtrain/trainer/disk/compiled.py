@@ -36,7 +36,7 @@ def compilation_cache_of(
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
-    before = {name: jax.config.read(name) for name in options}
+    before = {name: getattr(jax.config, name) for name in options}
     try:
         _configure(options)
         yield folder
@@ -49,7 +49,7 @@ def _folder(option: str | os.PathLike | bool | None, workdir: str | os.PathLike 
         return None
     if option is not True:
         return Path(option).absolute()
-    if workdir is None or jax.config.read("jax_compilation_cache_dir") is not None:
+    if workdir is None or jax.config.jax_compilation_cache_dir is not None:
         return None
     return Path(workdir).absolute() / FOLDER
 

@@ -101,7 +101,7 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
 
 
 def for_orbax() -> dict[str, Any]:
-    """The metadata that orbax's own manager writes: with it, the manager reads the checkpoint without being told how."""
+    """The metadata that orbax's own manager writes; with it, the manager can read the checkpoint."""
     handlers = {STATE: ocp.StandardCheckpointHandler, META: ocp.JsonCheckpointHandler}
     names = {item: f"{handler.__module__}.{handler.__qualname__}" for item, handler in handlers.items()}
     return {"item_handlers": names, "metrics": {}, "performance_metrics": {}, "custom_metadata": {}}

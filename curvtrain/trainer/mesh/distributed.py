@@ -7,7 +7,7 @@
 | Open MPI, under `mpirun` | `OMPI_COMM_WORLD_SIZE`, `OMPI_COMM_WORLD_RANK`, ... |
 
 The first row whose variables are set counts. JAX reads the rest itself: the coordinator's address of SLURM and Open
-MPI 4, the GPUs of each process of a host, and `JAX_LOCAL_DEVICE_IDS` and `JAX_COORDINATOR_BIND_ADDRESS` where they are set.
+MPI 4, the GPUs of each process of a host, `JAX_LOCAL_DEVICE_IDS` and `JAX_COORDINATOR_BIND_ADDRESS`.
 """
 
 import atexit

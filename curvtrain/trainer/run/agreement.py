@@ -1,4 +1,4 @@
-"""Several processes have to be given the same run: with different ones they would wait for each other, or train nonsense."""
+"""Several processes need the same run: with different ones they would wait for each other, or train nonsense."""
 
 import zlib
 from typing import Any

@@ -16,8 +16,8 @@ import optax
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
 from curvtrain.objective import Objective
-from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces
 from curvtrain.trainer.state import TrainState
+from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces
 
 PyTree = Any
 MetricsFn = Callable[[Any, Any], Mapping[str, Any]]  # (outputs, batch) -> per-example values

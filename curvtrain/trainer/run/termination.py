@@ -29,7 +29,7 @@ class Termination:
     def watched(self) -> Generator[None]:
         """Takes note of SIGTERM while the context lasts, in place of the handler that was there before."""
         if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
-            yield  # Only the main thread may install handlers. With several processes, the handler of JAX's service stays.
+            yield  # Only the main thread may install handlers; with several processes, that of JAX's service stays.
             return
 
         def handler(*_):

@@ -23,7 +23,7 @@ class Hook(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, run: Run) -> None:
-        """Is called after a step; `run.state` and the Trainer's `state`, `model` and `evaluate` are those of that step."""
+        """Is called after a step; the Trainer's `state`, `model` and `evaluate` are those of that step too."""
 
     def state_dict(self) -> dict[str, Any]:
         """The hook's memory, as plain JSON."""
