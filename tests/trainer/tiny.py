@@ -134,7 +134,7 @@ class Counting(CurvatureEstimator[Counts]):
         return dataclasses.replace(
             curvature,
             refreshes=curvature.refreshes + 1,
-            examples=jnp.int32(batch["x"].shape[0]),
+            examples=jnp.int32(jax.tree.leaves(batch)[0].shape[0]),
             damping=jnp.float32(-1 if damping is None else damping),
         )
 

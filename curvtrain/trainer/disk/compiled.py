@@ -4,11 +4,13 @@ import contextlib
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 FOLDER = "compiled"  # in the workdir
+_DIR = "jax_compilation_cache_dir"
 
 
 @contextlib.contextmanager
@@ -31,8 +33,8 @@ def compilation_cache_of(
     if folder is None:
         yield None
         return
-    options = {
-        "jax_compilation_cache_dir": os.fspath(folder),
+    options: dict[str, Any] = {
+        _DIR: os.fspath(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
@@ -49,12 +51,12 @@ def _folder(option: str | os.PathLike | bool | None, workdir: str | os.PathLike 
         return None
     if option is not True:
         return Path(option).absolute()
-    if workdir is None or jax.config.jax_compilation_cache_dir is not None:
+    if workdir is None or getattr(jax.config, _DIR) is not None:
         return None
     return Path(workdir).absolute() / FOLDER
 
 
-def _configure(options: dict[str, object]) -> None:
+def _configure(options: dict[str, Any]) -> None:
     for name, value in options.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # JAX looks at the folder's name once, when it first compiles
