@@ -68,7 +68,7 @@ class Job:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """Waits for all processes; when one fails, ends the others. Returns the status of the first that failed, or 0."""
+        """Waits for all processes; when one fails, ends the others. Returns the first failure's exit status, or 0."""
         status = 0
         for left in reversed(range(self.count)):
             index = self._ended.get()

@@ -121,6 +121,16 @@ def test_options_are_put_back_after_an_error(tmp_path):
     assert current() == before
 
 
+def test_an_entry_that_a_full_disk_cut_short_is_removed(tmp_path):
+    def cut(_):
+        for path in (tmp_path / "compiled").glob("jit_step*-cache"):
+            path.write_bytes(path.read_bytes()[:-5])
+
+    make(workdir=tmp_path, hooks=[Call(cut)]).fit()
+    kept = list((tmp_path / "compiled").iterdir())
+    assert kept and not any(path.name.startswith("jit_step") for path in kept)
+
+
 def test_an_entry_that_a_kill_cut_short_is_passed_over(tmp_path):
     make(workdir=tmp_path).fit()
     entries = [path for path in (tmp_path / "compiled").iterdir() if path.name.startswith("jit_step")]
