@@ -100,7 +100,7 @@ def split_all():
 
 
 def history(result):
-    """Of every step (which it ended, its loss, what tells its batch)."""
+    """Rows of every step: (its number, its loss, the mean that identifies its batch)."""
     return np.array([(row["step"], row["train/loss"], row["train/order"]) for row in result.history])
 
 
@@ -144,7 +144,7 @@ def assert_opens(trainer, whole):
 
 
 def main(folder, steps):
-    """Of each case, so many steps from the start, saved; and the checkpoint that is in its folder, on another mesh.
+    """Trains each case from the start for its number of steps, and opens the checkpoint in its folder on another mesh.
 
     Of those that take all steps, ON more from that checkpoint.
     """

@@ -120,7 +120,7 @@ def leaves(state):
 
 
 class Trouble(Hook):
-    """What goes wrong in this process.
+    """Makes something go wrong in this process.
 
     Args:
       workdir: of the run.

@@ -1,4 +1,4 @@
-"""What a user may get wrong is said at once: by its name, with what came and what to do, before any cost."""
+"""Mistakes are reported at once, before any cost: with the argument's name, the value, and what to do."""
 
 import functools
 

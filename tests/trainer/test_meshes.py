@@ -151,7 +151,7 @@ def test_a_checkpoint_moves(name, trained, build, tmp_path):
 
 
 def test_two_processes(trained, build, shared, tmp_path):
-    """Of four devices each: the same losses, and checkpoints move there and back.
+    """Two processes of four devices have the same losses, and checkpoints move there and back.
 
     Collectives of eight threads on two cores are slow: all 50 steps are those of some cases, in others a few tell.
     """

@@ -1,4 +1,4 @@
-"""How batches lie on the mesh: which examples each process and each device holds."""
+"""The placement of batches: it says which examples each process and each device holds."""
 
 import dataclasses
 from typing import Any

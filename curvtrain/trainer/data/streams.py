@@ -9,7 +9,7 @@ from curvtrain.trainer.data.nested import Batch
 from curvtrain.trainer.data.training import CURVATURE, TRAIN, Batches, TrainData
 from curvtrain.trainer.mesh import distributed
 
-Positions = dict[str, Any]  # of the iterators "train" and "curvature"
+Positions = dict[str, Any]  # {"train": position, "curvature": position}
 
 
 class Streams:

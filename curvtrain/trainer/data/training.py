@@ -84,7 +84,7 @@ class ArrayData(TrainData):
             "examples": size_of(self.arrays),
             "batch_size": self.batch_size,
             "seed": self.seed,
-            "checksum": checksum(self._source(TRAIN, self.batch_size, 0, 1)[0]),  # of the global batch
+            "checksum": checksum(self._source(TRAIN, self.batch_size, 0, 1)[0]),  # the global batch's
         }
 
     def _source(self, stream: int, size: int, shard: int, shards: int) -> "_Shuffled":
@@ -135,7 +135,7 @@ class GrainData(TrainData):
         return {
             "source": type(self.dataset).__name__,
             "batch_size": self.batch_size,
-            "checksum": self._checksum,  # of the global batch, whoever holds which of its rows
+            "checksum": self._checksum,  # the global batch's, whichever process holds which rows
         }
 
 

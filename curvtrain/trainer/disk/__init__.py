@@ -1,1 +1,1 @@
-"""What a run keeps on disk: its folder and lock, checkpoints, and compiled programs."""
+"""The files of a run: its folder and lock, checkpoints, and compiled programs."""

@@ -169,7 +169,7 @@ class Checkpoints:
                 where = f" (process {index} of {len(problems)})" if len(problems) > 1 else ""
                 self._failed(save.step, f"{problem}{where}")
                 return
-        if problems[0] is not None:  # which is ELSEWHERE
+        if problems[0] is not None:  # then it is ELSEWHERE
             self._failed(save.step, ELSEWHERE)
 
     def _failed(self, step: int, problem: str) -> None:
@@ -186,7 +186,7 @@ class Checkpoints:
         found = []
         for step in steps_in(self.folder):
             scores = {}
-            with contextlib.suppress(*DAMAGE):  # which `restore` reports
+            with contextlib.suppress(*DAMAGE):  # `restore` reports it
                 scores = dict(read_meta(self.folder / str(step))["scores"])
             found.append((step, scores))
         return found
@@ -204,5 +204,5 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, so that its step can be saved again; nothing is deleted."""
         aside = self.folder / f"damaged-{step}"
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+        shutil.rmtree(aside, ignore_errors=True)  # left by an earlier run
         (self.folder / str(step)).rename(aside)

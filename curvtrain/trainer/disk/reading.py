@@ -79,7 +79,7 @@ def saved_run(workdir: str | os.PathLike) -> dict[str, Any]:
     if not folder.is_dir():
         return {}
     for step in reversed(steps_in(folder)):
-        with contextlib.suppress(*DAMAGE):  # which `restore` reports
+        with contextlib.suppress(*DAMAGE):  # `restore` reports it
             return read_meta(folder / str(step))["run"]
     return {}
 

@@ -46,7 +46,7 @@ def claimed(folder: Path) -> Generator[None]:
 def _lock(folder: Path, stack: contextlib.ExitStack) -> str | None:
     """Takes the lock until the stack is left. Returns None, or the reason why it cannot be taken."""
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    stack.callback(os.close, file)  # which ends the lock
+    stack.callback(os.close, file)  # closing the file ends the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -54,7 +54,7 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> str | None:
             f"TrainerConfig(workdir={os.fspath(folder)!r}) is in use by another job{_holder(file)}. "
             f"Choose another workdir, or end that job."
         )
-    except OSError as error:  # of some network file systems
+    except OSError as error:  # some network file systems have no locks
         log.warning("%s cannot be locked (%s): make sure that no other job uses it.", folder, error)
         return None
     _held.add(file)

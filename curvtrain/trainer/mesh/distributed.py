@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-_polls = itertools.count(1)  # of this process's life, see `preempted`
+_polls = itertools.count(1)  # numbers the calls of `preempted` over this process's life
 _exits: list[int] = []  # the status of the SystemExit that left `exits_noted`, if one did
 
 

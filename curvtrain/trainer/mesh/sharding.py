@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, a PartitionSpec for every leaf of the training state, and the batch's layout."""
+"""The placement of arrays: the mesh, a PartitionSpec for every leaf of the training state, and the batch's layout."""
 
 import itertools
 import re
@@ -60,7 +60,7 @@ def process_rows(mesh: Mesh) -> tuple[int, int]:
     Processes that share the "tensor" axis hold the same piece, so there may be fewer pieces than processes.
     """
     pieces = batch_shards(mesh)
-    held: dict[int, set[int]] = {}  # of every process, so that all raise the same
+    held: dict[int, set[int]] = {}  # for every process, so that all raise the same error
     for device, index in NamedSharding(mesh, batch_spec(mesh)).devices_indices_map((pieces,)).items():
         held.setdefault(device.process_index, set()).add(index[0].indices(pieces)[0])
     for process, found in sorted(held.items()):

@@ -38,7 +38,7 @@ from curvtrain.trainer.watch.writers import open_writers
 
 log = logging.getLogger("curvtrain")
 
-IN_FLIGHT_BYTES = 2**27  # of batches that may wait on the devices: how far the host may run ahead of them
+IN_FLIGHT_BYTES = 2**27  # the bytes of batches that may wait on the devices limit how far the host runs ahead
 
 
 class Loop:
@@ -48,7 +48,7 @@ class Loop:
         self.plan, self.config, self.eval_data, self.hooks = plan, plan.config, eval_data, list(hooks)
         self.live = run
         self.history: list[dict[str, float]] = []
-        self._window: list[Metrics] = []  # of the steps since the last log
+        self._window: list[Metrics] = []  # one entry per step since the last log
         bytes_of_batch = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(plan.programs.batch))
         self._in_flight = max(2, IN_FLIGHT_BYTES // bytes_of_batch)
         self._clock = Clock()

@@ -84,7 +84,7 @@ class Plan:
         self.programs.evaluate.eval_shape(state.params, state.frozen, state.model_state, batch)
 
     def description(self) -> dict[str, Any]:
-        """What makes this run this run, as plain JSON: a checkpoint is resumed only if all of it is the same."""
+        """Identifies the run, as plain JSON: a checkpoint is resumed only if all of it is the same."""
         estimator, choices = self.layout.estimator, self.layout.choices
         return {
             "trainer": self.task.name,

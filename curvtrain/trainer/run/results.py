@@ -1,4 +1,4 @@
-"""How a call of `fit` ends: with a result, or with one of the loop's own exceptions."""
+"""The ends of a call of `fit`: its result, and the loop's own exceptions."""
 
 import dataclasses
 

@@ -11,7 +11,7 @@ from curvtrain.trainer.mesh import distributed
 
 
 class Termination:
-    """Whether SIGTERM came while the run was watched.
+    """Notices whether SIGTERM comes while a run is watched.
 
     Attributes:
       seen: the answer of the latest poll, or what this process has received since.

@@ -1,1 +1,1 @@
-"""What is watched of a run: metrics and who writes them, hooks, progress on the console, and reports."""
+"""The watchers of a run: metrics and their writers, hooks, progress on the console, and reports."""
