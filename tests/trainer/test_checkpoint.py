@@ -371,7 +371,7 @@ CHANGES = {
         "curvature: 'Lanczos' in the checkpoint, None now",
     ),
     "optimizer": (dict(optimizer=optim.fosi(optax.sgd(1e-2))), r"opt_state/.*/mu/.*: float32.* in .*, absent now"),
-    "average": (dict(ema=None), r"ema/fc1/bias: float32\[16\] in the checkpoint, absent now"),
+    "average": (dict(ema=None), r"ema/fc1/kernel: float32\[8, 16\] in the checkpoint, absent now"),
 }
 
 
