@@ -112,7 +112,7 @@ def natural_gradient(
     """
     check_damping("natural_gradient(learning_rate)", learning_rate)
     check_damping("natural_gradient(damping)", damping)
-    if not (callable(momentum) or isinstance(momentum, jax.Array)):
+    if not callable(momentum):
         _checks.number_in("natural_gradient(momentum)", momentum, 0.0, 1.0, open_high=True)
     for name, value in (
         ("momentum_type", momentum_type),
@@ -130,7 +130,9 @@ def natural_gradient(
     _check_mask(mask, weight_decay)
     if momentum_correction:
         _check_first_rate(learning_rate)
-    has_momentum = not isinstance(momentum, int | float) or momentum > 0
+    has_momentum, averages, decays = (
+        not _checks.is_off(option) for option in (momentum, gradient_decay, weight_decay)
+    )
     decayed_weights = optax.add_decayed_weights(weight_decay, mask)
 
     def init(params):
@@ -139,7 +141,7 @@ def natural_gradient(
         return NaturalGradientState(
             count=jnp.int32(0),
             velocity=trees.zeros(params) if has_momentum else None,
-            average=trees.zeros(params) if gradient_decay else None,
+            average=trees.zeros(params) if averages else None,
             request=Request.of("natural_gradient", Curvature, params, value_at(damping, jnp.int32(0)) + l2),
             first_rate=value_at(learning_rate, jnp.int32(0)),
         )
@@ -157,7 +159,7 @@ def natural_gradient(
             nonlocal velocity, average
             if has_momentum and momentum_type == kind:
                 g = velocity = jax.tree.map(lambda b, g: m * b + g, velocity, g)
-            if gradient_decay and gradient_decay_type == kind:
+            if averages and gradient_decay_type == kind:
                 average = jax.tree.map(lambda a, g: gradient_decay * a + (1 - gradient_decay) * g, average, g)
                 g = trees.scale(1 / (1 - gradient_decay ** (t + 1)), average)
             if lars and lars_type == kind:
@@ -167,7 +169,7 @@ def natural_gradient(
         g = jax.tree.map(lambda g, w: g + l2 * w, trees.float32(updates), w)
         to, back = vectors_for("natural_gradient", C, updates)
         g = back(C.solve(to(stage(RAW, g)), state.damping))
-        if weight_decay:
+        if decays:
             g, _ = decayed_weights.update(g, decayed_weights.init(w), w)
         delta = trees.scale(-rate, stage(PRECONDITIONED, g))
         if rescale is not None:
@@ -190,7 +192,7 @@ def _rescaled(w: jax.Array, norm: str | float) -> jax.Array:
     return jnp.where(size > _SMALL, target / size, 1.0) * w
 
 
-def _check_mask(mask: Any, weight_decay: float) -> None:
+def _check_mask(mask: Any, weight_decay: Any) -> None:
     if mask is None:
         return
     if not callable(mask) and not all(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(mask)):
@@ -198,7 +200,7 @@ def _check_mask(mask: Any, weight_decay: float) -> None:
             f"natural_gradient(mask) should be a tree of booleans like the parameters, or a function that makes one of "
             f"them, not {mask!r}."
         )
-    if not weight_decay:
+    if _checks.is_off(weight_decay):
         raise ValueError("natural_gradient(mask) says what weight_decay is for; give a weight_decay, or no mask.")
 
 
@@ -215,8 +217,12 @@ def _check_mask_fits(mask: Any, params: PyTree) -> None:
 
 def _check_first_rate(learning_rate: optax.ScalarOrSchedule) -> None:
     first = value_at(learning_rate, jnp.int32(0))
-    if not isinstance(first, jax.core.Tracer) and not first > 0:
+    try:
+        rate = float(first)
+    except jax.errors.ConcretizationTypeError:  # optax.inject_hyperparams under jit: it has no value yet
+        return
+    if not rate > 0:
         raise ValueError(
-            f"natural_gradient(momentum_correction) divides by the learning rate at step 0, which is {float(first)}. "
+            f"natural_gradient(momentum_correction) divides by the learning rate at step 0, which is {rate}. "
             f"Start the schedule above zero, or give momentum a schedule of its own."
         )

@@ -65,8 +65,8 @@ def scale_by_curvature(
 
 
 def check_damping(argument: str, damping: Any) -> None:
-    """Raises TypeError or ValueError unless `damping` is a schedule, an array (inject_hyperparams) or a number >= 0."""
-    if not (callable(damping) or isinstance(damping, jax.Array)):
+    """Raises TypeError or ValueError unless `damping` is a schedule or a number of at least 0."""
+    if not callable(damping):
         _checks.number_in(argument, damping, 0.0)
 
 
