@@ -138,7 +138,7 @@ def is_the_preconditioner_that_it_says(life):
     close(P, P.T)
     close(product, P @ v)
     close(inverse, np.linalg.solve(P, v), 1e-6 * values.max() / values.min())
-    jax.tree.map(lambda a, p: a.shape == p.shape or pytest.fail(), life.curvature.like(), life.params)
+    assert jax.tree.map(jnp.shape, life.curvature.like()) == jax.tree.map(jnp.shape, life.params)
 
 
 def starts_as_nothing(life, fitted):

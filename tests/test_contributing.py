@@ -41,7 +41,9 @@ def test_a_new_estimator_and_a_new_optimizer_are_one_file_and_one_line_each(writ
     modules, lines = written
     assert sorted(modules) == ["mean_square", "scaled", "sign_newton"] and len(lines) == 2
     cases, optimizers = dict(CASES), dict(OPTIMIZERS)
-    names = dict(CASES=CASES, OPTIMIZERS=OPTIMIZERS, Case=Case, by_curvature=by_curvature, DiagonalFisher=DiagonalFisher)
+    names = dict(
+        CASES=CASES, OPTIMIZERS=OPTIMIZERS, Case=Case, by_curvature=by_curvature, DiagonalFisher=DiagonalFisher
+    )
     names |= dict(MeanSquare=modules["mean_square"].MeanSquare, sign_newton=modules["sign_newton"].sign_newton)
     try:
         for line in lines:

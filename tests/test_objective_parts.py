@@ -1,4 +1,4 @@
-"""The objective as a function of some of its parameters, outputs that are trees, and measures that ride on its passes."""
+"""The objective as a function of some of its parameters, and outputs that are trees."""
 
 import jax
 import jax.numpy as jnp

@@ -19,7 +19,7 @@ from curvtrain.objective import Measure, Objective, Path, by_path
 PyTree = Any
 
 
-class Estimate(abc.ABC):
+class Estimate(abc.ABC):  # noqa: B024 - all of its methods have defaults
     """What an estimator maintains: a pytree of arrays that acts on vectors like the parameters."""
 
     def like(self) -> PyTree:

@@ -37,7 +37,7 @@ from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, require_params, vectors_for
+from curvtrain.optim.base import require_curvature, require_params, transformation, vectors_for
 from curvtrain.optim.scale_by_curvature import check_damping, value_at
 
 PyTree = Any
@@ -130,9 +130,7 @@ def natural_gradient(
     _check_mask(mask, weight_decay)
     if momentum_correction:
         _check_first_rate(learning_rate)
-    has_momentum, averages, decays = (
-        not _checks.is_off(option) for option in (momentum, gradient_decay, weight_decay)
-    )
+    has_momentum, averages, decays = (not _checks.is_off(option) for option in (momentum, gradient_decay, weight_decay))
     decayed_weights = optax.add_decayed_weights(weight_decay, mask)
 
     def init(params):
@@ -178,7 +176,7 @@ def natural_gradient(
         request = state.request.with_damping(value_at(damping, t + 1) + l2)
         return delta, NaturalGradientState(t + 1, velocity, average, request, state.first_rate)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _lars(g: jax.Array, w: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, vectors_for
+from curvtrain.optim.base import require_curvature, transformation, vectors_for
 
 PyTree = Any
 
@@ -61,7 +61,7 @@ def scale_by_curvature(
         request = state.request.with_damping(value_at(damping, state.count + 1))
         return scaled, ScaleByCurvatureState(state.count + 1, request)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def check_damping(argument: str, damping: Any) -> None:

@@ -18,7 +18,7 @@ from curvtrain.curvature.request import (
 )
 from curvtrain.curvature.schedule import CurvatureSchedule
 from curvtrain.objective import Objective, by_path, nested
-from curvtrain.optim.base import require_params, require_transformation
+from curvtrain.optim.base import require_params, require_transformation, transformation
 
 PyTree = Any
 
@@ -135,7 +135,7 @@ def self_contained(
             state.count + 1, inner, curvature, state.key, due.next_update, due.next_refresh
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 class _Due:

@@ -25,7 +25,9 @@ CASES = {
     "natural_gradient": (optim.natural_gradient, dict(learning_rate=0.1), DiagonalFisher("exact")),
     "natural_gradient, all": (
         optim.natural_gradient,
-        dict(learning_rate=0.1, damping=0.2, momentum=0.9, gradient_decay=0.5, weight_decay=0.1, momentum_correction=True),
+        dict(
+            learning_rate=0.1, damping=0.2, momentum=0.9, gradient_decay=0.5, weight_decay=0.1, momentum_correction=True
+        ),
         DiagonalFisher("exact"),
     ),
     "psgd": (optim.psgd, dict(learning_rate=1e-2), PSGD()),

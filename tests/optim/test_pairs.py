@@ -1,4 +1,4 @@
-"""Every optimizer with every estimator: each pair trains, or is refused before anything compiles, as the README says."""
+"""Every optimizer with every estimator: each pair goes together or is refused, as the README says."""
 
 import re
 from pathlib import Path

@@ -21,7 +21,7 @@ from tiny import (
     trainer,
 )
 
-from curvtrain import CurvatureSchedule, losses
+from curvtrain import CurvatureSchedule, losses, optim
 from curvtrain.trainer import Call, Diverged
 from curvtrain.trainer.data import ArrayData
 
