@@ -122,7 +122,8 @@ def main() -> None:
             grid.append({**trial, **found})
             print(f"{name:<10} {trial}, seed 0: train/loss {found['train/loss']:.5g}", flush=True)
         best = min(case.trials(name, args.trials), key=lambda trial: _loss(grid, trial))
-        seeds = [train(case, dataclasses.replace(mine, **dict[str, Any](best), seed=seed)) for seed in range(1, args.seeds + 1)]
+        chosen: dict[str, Any] = {**best}
+        seeds = [train(case, dataclasses.replace(mine, **chosen, seed=seed)) for seed in range(1, args.seeds + 1)]
         means = {key: statistics.mean(run[key] for run in seeds) for key in seeds[0]}
         spread = {key: statistics.pstdev(run[key] for run in seeds) for key in seeds[0]}
         report[name] = {"best": best, "grid": grid, "seeds": seeds, "mean": means, "deviation": spread}
