@@ -20,11 +20,12 @@ ROOT = Path(curvtrain.__file__).parent
 PACKAGE = sorted(ROOT.rglob("*.py"))
 RECIPES = sorted((ROOT.parent / "recipes").rglob("*.py"))
 
-BOTTOM = {"_checks", "_outputs", "_text"}  # argument checks, outputs as pytrees, tables: for every room
+BOTTOM = {"_checks", "_outputs", "_text", "_version"}  # argument checks, outputs as pytrees, tables: for every room
 MAY_IMPORT = {
     "_checks": set(),
     "_outputs": set(),
     "_text": set(),
+    "_version": set(),
     "losses": BOTTOM,
     "objective": BOTTOM | {"losses"},
     "curvature": BOTTOM | {"losses", "objective"},
