@@ -34,7 +34,7 @@ from curvtrain.curvature import trees
 from curvtrain.curvature.eigenpairs import Eigenpairs
 from curvtrain.curvature.packing import Packing
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, require_params, require_transformation, vectors_for
+from curvtrain.optim.base import require_curvature, require_params, require_transformation, transformation, vectors_for
 
 PyTree = Any
 Momentum = Callable[[jax.Array, jax.Array], jax.Array]  # (g1, vel) -> vel: elementwise and linear
@@ -141,7 +141,7 @@ def fosi(
         out = jax.tree.map(lambda u, i: (s * _wide(u) - i).astype(u.dtype), u, inside)
         return out, FosiState(state.count + 1, base_state, velocity, state.request)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 class _Span:
@@ -179,4 +179,3 @@ def _inverse(pairs: Eigenpairs, damping: float, clip: float, l: int) -> tuple[Ei
     left = jnp.max(magnitude, initial=0.0, where=~usable)  # what the base optimizer would overshoot on
     s = jnp.clip(jnp.max(magnitude, initial=0.0, where=usable) / jnp.maximum(lambda_k, left), 1.0, clip)
     return pairs, d, s
-
