@@ -15,5 +15,6 @@ from curvtrain.optim.psgd_dropin import kron as kron
 from curvtrain.optim.psgd_dropin import low_rank_approximation as low_rank_approximation
 from curvtrain.optim.psgd_dropin import precond_update_prob_schedule as precond_update_prob_schedule
 from curvtrain.optim.psgd_dropin import xmat as xmat
+from curvtrain.optim.route import route as route
 from curvtrain.optim.scale_by_curvature import scale_by_curvature as scale_by_curvature
 from curvtrain.optim.self_contained import self_contained as self_contained

@@ -19,9 +19,9 @@ from curvtrain.curvature.kfac.factors import matrices_of
 from curvtrain.curvature.mesh import axes_for
 from curvtrain.curvature.owners import layout as static
 from curvtrain.objective import Objective
-from curvtrain.trainer import sharding
-from curvtrain.trainer.checkpoint import Mismatch
-from curvtrain.trainer.report import collectives
+from curvtrain.trainer import Mismatch
+from curvtrain.trainer.mesh import sharding
+from curvtrain.trainer.watch.report import collectives
 from tests.trainer import tiny
 
 N, D, LAYERS = 16, 6, 16
