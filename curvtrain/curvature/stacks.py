@@ -87,6 +87,11 @@ def inverses(
         return jax.lax.platform_dependent(damped, dict(kept), cpu=by_panels, default=by_size)
 
 
+def inverse(X: jax.Array, shift: jax.Array) -> jax.Array:
+    """The same for one array."""
+    return inverses({"": X}, {"": shift})[""]
+
+
 def _damped(X: jax.Array, shift: jax.Array) -> jax.Array:
     return X + shift[..., None, None] * jnp.eye(X.shape[-1], dtype=X.dtype)
 
@@ -105,7 +110,8 @@ def eigh(X: jax.Array, kept: Kept = None) -> tuple[jax.Array, jax.Array]:
 
 
 def _eigh(X: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return tuple(jnp.linalg.eigh(X, symmetrize_input=False))
+    values, vectors = jnp.linalg.eigh(X, symmetrize_input=False)
+    return values, vectors
 
 
 def _each(function: Callable[..., Any], arrays: tuple[jax.Array, ...], kept: Kept) -> Any:

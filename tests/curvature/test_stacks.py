@@ -2,7 +2,6 @@
 
 import functools
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,6 @@ EPS = 2.0**-24
 @jax.jit
 def inverse(X, shift, kept=None):
     return stacks.inverses({"": X}, {"": shift}, {} if kept is None else {"": kept})[""]
-
 
 
 def spd(d, condition, seed=0):
@@ -102,7 +100,9 @@ def test_sizes_with_equally_many_panels_share_a_program():
     found = jax.jit(stacks.inverses)(X, shifts, kept)
     for size, x in X.items():
         assert error(found[size][0], x[0], 0.1) <= 1e-5
-        assert np.array_equal(found[size][1], old[size][1]) if size in kept else error(found[size][1], x[1], 0.1) <= 1e-5
+        assert (
+            np.array_equal(found[size][1], old[size][1]) if size in kept else error(found[size][1], x[1], 0.1) <= 1e-5
+        )
     assert stacks._panels(40) == stacks._panels(41) == (2, 32) and stacks._panels(7) == stacks._panels(8) == (1, 8)
 
 

@@ -16,6 +16,7 @@ import jax
 from curvtrain.curvature.capture.layers import Backward, Layer, Options
 
 Arrays = dict[str, jax.Array]
+Shapes = dict[str, tuple[int, ...]]
 
 WEIGHT_SHARING = ("expand", "reduce")
 
@@ -31,7 +32,7 @@ class Statistic(abc.ABC):
     needs: ClassVar[tuple[str, ...]]
 
     @abc.abstractmethod
-    def shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+    def shapes(self, layer: Layer) -> Shapes:
         """The statistics of one call of a layer, by name: (g, ...), float32 sums over examples."""
 
     def given(self, layer: Layer) -> tuple[str, ...]:
@@ -72,7 +73,7 @@ class KroneckerStatistic(Statistic):
     def options(self) -> Options:
         return Options(self.weight_sharing, self.diagonal, self.scales, self.sometimes)
 
-    def shapes(self, layer):
+    def shapes(self, layer) -> Shapes:
         return layer.block().shapes(layer, self.options)
 
     def given(self, layer):
@@ -88,7 +89,7 @@ class DiagonalStatistic(Statistic):
 
     needs = ("gradients", "squares")
 
-    def shapes(self, layer):
+    def shapes(self, layer) -> Shapes:
         return {"D2": (layer.groups, layer.d_i, layer.d_o)}
 
     def __call__(self, layer, backward):
@@ -104,7 +105,7 @@ class UnitStatistic(Statistic):
 
     needs = ("gradients", "units")
 
-    def shapes(self, layer):
+    def shapes(self, layer) -> Shapes:
         return {"F": (layer.groups, layer.d_o, layer.d_i, layer.d_i)}
 
     def __call__(self, layer, backward):
@@ -117,7 +118,7 @@ class FullStatistic(Statistic):
 
     needs = ("gradients", "full")
 
-    def shapes(self, layer):
+    def shapes(self, layer) -> Shapes:
         size = layer.d_i * layer.d_o
         return {"F": (layer.groups, size, size)}
 

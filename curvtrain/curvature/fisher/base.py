@@ -81,8 +81,9 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
             objective, params, self.name, uncovered=self.uncovered, plain=self.plain, layers=dict(self.layers)
         )
         statistic = self._statistic()
-        for layer in coverage.layers if statistic is not None else ():
-            statistic.check(layer, self.name)
+        if statistic is not None:
+            for layer in coverage.layers:
+                statistic.check(layer, self.name)
         return coverage
 
     def overview(self, objective, params) -> str:

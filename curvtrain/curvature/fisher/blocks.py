@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from curvtrain import _checks
 from curvtrain.curvature import stacks, trees
-from curvtrain.curvature.base import Curvature
+from curvtrain.curvature.base import Curvature, is_inverse
 from curvtrain.curvature.capture import FISHERS, Coverage, Layer
 from curvtrain.curvature.capture.statistics import FullStatistic, UnitStatistic
 from curvtrain.curvature.fisher.base import LayerEstimator, spread_specs
@@ -63,12 +63,12 @@ class Blocks(Curvature):
         """(C + damping I)^-1 v, for the blocks of the last refresh."""
         return self._in_basis(vector, lambda value: 1.0 / (value + damping))
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v, for the blocks of the last refresh.
 
         NaN where an eigenvalue of the damped matrix is negative and the exponent no integer: of a Fisher none is.
         """
-        if exponent == -1.0:
+        if is_inverse(exponent):
             return self.solve(vector, damping)
         return self._in_basis(vector, lambda value: (value + damping) ** exponent)
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from curvtrain.curvature import trees
-from curvtrain.curvature.base import Curvature
+from curvtrain.curvature.base import Curvature, is_inverse
 from curvtrain.curvature.capture import Coverage
 from curvtrain.curvature.capture.statistics import DiagonalStatistic
 from curvtrain.curvature.fisher.base import LayerEstimator, spread_specs
@@ -57,9 +57,9 @@ class Diagonal(Curvature):
         """(C + damping I)^-1 v."""
         return jax.tree.map(lambda d, v: v / (d + damping), self.values, trees.float32(vector))
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v."""
-        if exponent == -1.0:
+        if is_inverse(exponent):
             return self.solve(vector, damping)
         return jax.tree.map(lambda d, v: (d + damping) ** exponent * v, self.values, trees.float32(vector))
 

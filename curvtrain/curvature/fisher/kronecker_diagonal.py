@@ -62,7 +62,7 @@ class DiagonalFactors(Curvature):
         """(C + damping I)^-1 v."""
         return Diagonal(self.diagonal()).solve(vector, damping)
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v."""
         return Diagonal(self.diagonal()).power(vector, damping, exponent)
 

@@ -94,7 +94,9 @@ class KFAC(LayerEstimator[KroneckerFactors]):
         blocks, bases = {}, {}
         for key, (block, layers) in own_blocks(coverage).items():
             stored = [block.stored(layer.copies, layer.d_o) for layer in layers]
-            together = {name: (sum(s[name][0] for s in stored), *shape[1:]) for name, shape in stored[0].items()}
+            together: dict[str, tuple[int, ...]] = {
+                name: (sum(s[name][0] for s in stored), *shape[1:]) for name, shape in stored[0].items()
+            }
             blocks[key] = {name: jnp.zeros(shape) for name, shape in together.items()}
             bases[key] = {name: jnp.zeros(shape) for name, shape in block.basis_shapes(together).items()}
             bases[key] |= {"Q": bases[key]["Q"] + jnp.eye(bases[key]["Q"].shape[-1])} if "Q" in bases[key] else {}

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.curvature import owners, stacks, trees
-from curvtrain.curvature.base import Curvature
+from curvtrain.curvature.base import Curvature, is_inverse
 from curvtrain.curvature.capture import Coverage, Layer
 from curvtrain.curvature.capture.layers import OwnBlock
 from curvtrain.curvature.kfac.stale import Staleness
@@ -230,12 +230,12 @@ class KroneckerFactors(Curvature):
 
         return self._map(vector, matrices, lambda block, means, basis, x: block.solve(means, basis, x, damping))
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v, with an eigenbasis ("eigh", "ekfac").
 
         Raises TypeError with inverse="cholesky", unless the exponent is -1.
         """
-        if exponent == -1.0:
+        if is_inverse(exponent):
             return self.solve(vector, damping)
         if self.inverse == "cholesky":
             raise TypeError(
@@ -264,8 +264,8 @@ class KroneckerFactors(Curvature):
 
         With inverse="cholesky", which has none, it takes those of the present factors: as dear as a refresh.
         """
-        damping = jnp.float32(damping)
-        log = lambda C: jnp.log(jnp.abs(C + damping))
+        shift = jnp.float32(damping)
+        log = lambda C: jnp.log(jnp.abs(C + shift))
         if self.inverse == "ekfac":
             logs = self.by_matrix(lambda QA, QG, S: log(S), (self.vectors,), self.scales)
         else:
@@ -273,7 +273,7 @@ class KroneckerFactors(Curvature):
             logs = self.by_matrix(lambda alpha, gamma: log(alpha[:, :, None] * gamma[:, None, :]), (values,))
         total = sum((jnp.sum(x) for x in owners.to_parameters(logs).values()), jnp.float32(0))
         for key, (block, _) in own_blocks(self.coverage).items():
-            total += block.logdet(self.blocks[key], self.bases[key], damping)
+            total += block.logdet(self.blocks[key], self.bases[key], shift)
         return total
 
     def telemetry(self) -> dict[str, jax.Array]:
