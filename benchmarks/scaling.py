@@ -106,8 +106,8 @@ def measure(devices: int, model: str, sharding: str, scaling: str, names: list[s
         parts = {part: (state[part].whole, state[part].per_device) for part in state if part not in ("step", "key")}
         choices = plan.layout.choices
         found[name] = {"state": parts, "choices": choices, "programs": programs}
-        if plan.layout.estimator is not None:
-            found[name]["overview"] = plan.layout.estimator.overview(*plan.layout.measured)
+        if (settled := plan.layout.estimator) is not None:
+            found[name]["overview"] = settled.overview(*plan.layout.measured)
     return found
 
 
