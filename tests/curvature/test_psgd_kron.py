@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from curvtrain.curvature import Affine, Kron
+from curvtrain.curvature.psgd import kronecker
 from curvtrain.curvature.psgd.base import Structure, initial_scale, signs
 from curvtrain.curvature.psgd.geometry import GEOMETRIES, procrustes, spectral_bound, triangular_inverse
 from curvtrain.curvature.psgd.layout import any_order, block_for, consecutive
@@ -35,6 +36,12 @@ def close(ours, theirs, tolerance=3e-6):
 def spd(n, condition, rng):
     Q = np.linalg.qr(rng.normal(size=(n, n)))[0]
     return Q * np.logspace(0, np.log10(condition), n) @ Q.T
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Programs for one device, where factors of one size are stepped together; the tests' processes have eight."""
+    monkeypatch.setattr(kronecker, "on_one_device", lambda: True)
 
 
 @functools.cache
@@ -105,7 +112,7 @@ EVERY = ("dense x diagonal", "padded blocks")  # layouts that all geometries are
     ("layout", "geometry"),
     [(layout, geometry) for layout in LAYOUTS for geometry in (GEOMETRIES if layout in EVERY else ("PRO", "EQ"))],
 )
-def test_steps_are_those_of_the_reference(layout, geometry, newton):
+def test_steps_are_those_of_the_reference(one_device, layout, geometry, newton):
     """Three updates with two probes: the first starts from the initial scale, the others from what came of it."""
     shape, options = LAYOUTS[layout]
     family, structure = Kron(geometry, damping=0.0, **options), structure_of(shape)

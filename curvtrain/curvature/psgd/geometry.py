@@ -64,10 +64,10 @@ def step_diagonal(
     order: str = "bounded",
 ) -> tuple[jax.Array, jax.Array]:
     """(the new q, the new L) for q, T1, T2 of one shape, and L without the `axes` of q."""
-    present = jnp.max(T1 + T2, axis=axes)
+    present = jnp.max(T1 + T2, axis=axes, initial=0.0)
     L, E = running_bound(L, present, decay), T1 - T2
     if order == "1st":
-        present = jnp.max(jnp.abs(E), axis=axes)
+        present = jnp.max(jnp.abs(E), axis=axes, initial=0.0)
     E = jnp.expand_dims(step_length(rate, L if order == "bounded" else present), axes) * E
     return q * (jnp.square(1.0 - 0.5 * E) if geometry == "QUAD" else 1.0 - E), L
 

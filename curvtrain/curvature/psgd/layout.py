@@ -83,6 +83,11 @@ class Bucket:
         """N, the number of entries of one tensor."""
         return math.prod(side.size for side in self.sides)
 
+    @property
+    def factors(self) -> int:
+        """The number of sides that have a factor."""
+        return sum(side.kind != "none" for side in self.sides)
+
     def read(self, structure: Structure, leaves: list[jax.Array]) -> jax.Array:
         """(k, count, *padded sides) of leaves with a leading axis of probes."""
         parts = []
