@@ -134,7 +134,9 @@ class KronFit:
             T1 = self._contracted(rows, A)
             if V is None:
                 return list(zip(T1, self._outer(rows, inverses), strict=True))
-            turned = _spread(rows, [_t(x) if group.dense else x for group, x in zip(rows.groups, inverses, strict=True)])
+            turned = _spread(
+                rows, [_t(x) if group.dense else x for group, x in zip(rows.groups, inverses, strict=True)]
+            )
             B = [multiply(b.sides, x, v) for b, x, v in zip(buckets, turned, V, strict=True)]
             return list(zip(T1, self._contracted(rows, B), strict=True))
         parts = [H] if scale is None else [H, jnp.split(scale, np.cumsum([b.count for b in buckets])[:-1])]
@@ -149,14 +151,14 @@ class KronFit:
         T2 = map(functools.partial(self._unit, rows), rows.groups, Q, rows.per_group(jnp.float32(rows.weight)))
         return list(zip(T1, T2, strict=True))
 
-    def _contracted(self, rows: Rows, X: Sequence[jax.Array], turns: Sequence[Factors] | None = None) -> list[jax.Array]:
+    def _contracted(
+        self, rows: Rows, X: Sequence[jax.Array], turns: Sequence[Factors] | None = None
+    ) -> list[jax.Array]:
         """contract_i(X), or contract_i(Q_i X), of the rows of each group."""
         found: list[Factors] = []
         for index, (bucket, x) in enumerate(zip(rows.buckets, X, strict=True)):
             turn = lambda side, i, x=x, index=index: x if turns is None else multiply_side(side, i, turns[index][i], x)
-            found.append(
-                [None if s.kind == "none" else contract(s, i, turn(s, i)) for i, s in enumerate(bucket.sides)]
-            )
+            found.append([None if s.kind == "none" else contract(s, i, turn(s, i)) for i, s in enumerate(bucket.sides)])
         return [group.gather(found) for group in rows.groups]
 
     def _unit(self, rows: Rows, group: Group, q: jax.Array, weight: jax.Array) -> jax.Array:

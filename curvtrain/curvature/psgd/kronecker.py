@@ -20,8 +20,9 @@ from curvtrain.curvature.psgd.base import MatrixPreconditioner, Structure, check
 from curvtrain.curvature.psgd.geometry import GEOMETRIES
 from curvtrain.curvature.psgd.kron_fit import KronFit
 from curvtrain.curvature.psgd.layout import Bucket, Member, Side
-from curvtrain.curvature.psgd.placement import factor_spec, on_one_device, side_axes
+from curvtrain.curvature.psgd.placement import factor_spec, side_axes
 from curvtrain.curvature.psgd.tensors import multiply
+from curvtrain.curvature.psgd.unstack import on_one_device
 
 PyTree = Any
 
@@ -152,7 +153,9 @@ class Kronecker(MatrixPreconditioner):
         with jax.default_matmul_precision(self.precision):
             for bucket in self.buckets(structure):
                 filed = state[bucket.name]
-                of = lambda name, i, filed=filed: filed[name][str(i)].astype(jnp.float32) if str(i) in filed[name] else None
+                of = lambda name, i, filed=filed: (
+                    filed[name][str(i)].astype(jnp.float32) if str(i) in filed[name] else None
+                )
                 used = [
                     None if side.kind == "none" else factor(side, of("Q", i), of("P", i))
                     for i, side in enumerate(bucket.sides)

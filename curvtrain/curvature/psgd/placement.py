@@ -41,12 +41,3 @@ def factor_spec(side: Side, leaf: Any, axis: Any, mesh: jax.sharding.Mesh) -> Pa
     if names and leaf.ndim > 1 and leaf.shape[1] % size(names) == 0 and (side.kind != "dense" or side.count > 1):
         return PartitionSpec(None, axis)
     return spread_spec(mesh.shape, leaf.shape)
-
-
-def on_one_device() -> bool:
-    """Whether a program that is being traced is certainly for one device.
-
-    That is so if the mesh of `jax.set_mesh` has one; without a mesh, arrays may be split over whatever devices there are.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    return (jax.device_count() if mesh.empty else mesh.size) == 1

@@ -158,7 +158,9 @@ class Rows:
         """(*lead, b), 1 where an entry is no padding; None if there is no padding."""
         if not group.dense:
             return None
-        sides: list[tuple[Bucket, Side]] = [(self.buckets[p.bucket], self.buckets[p.bucket].sides[p.side]) for p in group.parts]
+        sides: list[tuple[Bucket, Side]] = [
+            (self.buckets[p.bucket], self.buckets[p.bucket].sides[p.side]) for p in group.parts
+        ]
         if all(side.padded == side.size for _, side in sides):
             return None
         inside = lambda side: (np.arange(side.padded) < side.size).astype(np.float32).reshape(side.count, side.block)
