@@ -108,13 +108,12 @@ def scale_by_psgd(
         _checks.number_in("psgd(clip_global_norm)", clip_global_norm, 0.0, open_low=True)
     _checks.one_of("psgd(style)", style, STYLES)
     if _checks.is_off(b1):
-        for option, given in {
-            "nesterov": nesterov,
-            "style='adam'": style == "adam",
-            "mu_dtype": mu_dtype is not None,
-        }.items():
-            if given:
-                raise ValueError(f"psgd({option}) is about a moving average of gradients, and b1=0 keeps none.")
+        if nesterov:
+            raise ValueError("psgd(nesterov=True) looks ahead along a moving average, and b1=0 keeps none.")
+        if style == "adam":
+            raise ValueError("psgd(style='adam') scales by the RMS of a moving average, and b1=0 keeps none.")
+        if mu_dtype is not None:
+            raise ValueError("psgd(mu_dtype) is that of a moving average, and b1=0 keeps none.")
 
     def init(params):
         mu = {} if _checks.is_off(b1) else momentum_like(params, mu_dtype)

@@ -15,7 +15,7 @@ from flax import nnx
 
 from curvtrain import optim
 from curvtrain.curvature.psgd.geometry import direction_bound, spectral_bound
-from curvtrain.optim.psgd_dropin import _KronOfAxes
+from curvtrain.optim.psgd_families import KronOfAxes
 from tests.curvature import psgd_reference as ref
 
 NAMES = ("xmat", "low_rank_approximation", "affine", "kron")
@@ -618,9 +618,9 @@ def test_affine_layout():
 def test_kron_noise():
     """3e-4 of the mean size of each copy's gradients, which bounds the P of rows without any; none with products."""
     h = jnp.array([[[1.0, 2.0, 0.0], [100.0, 200.0, 0.0]]])  # (k, L, n)
-    noise = _KronOfAxes().noisy(KEY, h) - h
+    noise = KronOfAxes().noisy(KEY, h) - h
     np.testing.assert_allclose(np.abs(noise), [[[3.45e-4] * 3, [3.45e-2] * 3]], rtol=0.05)
-    np.testing.assert_allclose(_KronOfAxes(whitens=False).noisy(KEY, h), h, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(KronOfAxes(whitens=False).noisy(KEY, h), h, rtol=1e-6, atol=1e-8)
 
 
 def test_scanned_layers():
