@@ -82,10 +82,14 @@ def xmat(
     """
     check_common("xmat", b1, precond_lr, precond_init_scale, preconditioner_update_probability, mu_dtype)
     check_older("xmat", update_global_norm_clip, step_normalizer_order, precision)
+
+    def family(structure, whitens, precond_init_scale):
+        return XMat("flat", step_normalizer_order, initial_scale=_of_P(precond_init_scale))
+
     link = scale_by_fitted(
         "xmat",
-        lambda structure, whitens, scale: XMat("flat", step_normalizer_order, initial_scale=_of_P(scale)),
-        {"scale": precond_init_scale},
+        family,
+        {"precond_init_scale": precond_init_scale},
         b1=b1,
         nesterov=nesterov,
         rate=precond_lr,
@@ -123,20 +127,21 @@ def low_rank_approximation(
     check_older(name, update_global_norm_clip, step_normalizer_order, precision)
     _checks.positive_int(f"{name}(uvd_rank_of_approximation)", rank, minimum=0)
 
-    def family(structure, whitens, rank, scale):
+    def family(structure, whitens, uvd_rank_of_approximation, precond_init_scale):
+        rank = uvd_rank_of_approximation
         size = structure.size
         if rank > size and rank != _RANK:
             raise ValueError(
                 f"{name}(uvd_rank_of_approximation={rank}) exceeds the number of parameters, {size}. Use a rank of at "
                 f"most {size}."
             )
-        options = dict(initial_scale=_of_P(scale), key=key_of(seed))
+        options = dict(initial_scale=_of_P(precond_init_scale), key=key_of(seed))
         return LowRankFromKey(min(rank, size), step_normalizer_order, **options)
 
     link = scale_by_fitted(
         name,
         family,
-        {"rank": rank, "scale": precond_init_scale},
+        {"uvd_rank_of_approximation": rank, "precond_init_scale": precond_init_scale},
         b1=b1,
         nesterov=nesterov,
         rate=precond_lr,
@@ -176,14 +181,18 @@ def affine(
     _checks.number_in("affine(max_size_triangular)", max_size_triangular, 0)
     _checks.number_in("affine(max_skew_triangular)", max_skew_triangular, 0)
 
-    def family(structure, whitens, max_size, max_skew, scale):
-        options = dict(order=step_normalizer_order, initial_scale=_of_P(scale))
-        return Affine(max_size=_whole(max_size), max_skew=max_skew, **options)
+    def family(structure, whitens, max_size_triangular, max_skew_triangular, precond_init_scale):
+        options = dict(order=step_normalizer_order, initial_scale=_of_P(precond_init_scale))
+        return Affine(max_size=_whole(max_size_triangular), max_skew=max_skew_triangular, **options)
 
     link = scale_by_fitted(
         "affine",
         family,
-        {"max_size": max_size_triangular, "max_skew": max_skew_triangular, "scale": precond_init_scale},
+        dict(
+            max_size_triangular=max_size_triangular,
+            max_skew_triangular=max_skew_triangular,
+            precond_init_scale=precond_init_scale,
+        ),
         b1=b1,
         nesterov=nesterov,
         rate=precond_lr,
@@ -260,19 +269,24 @@ def kron(
         _checks.one_of("kron(memory_save_mode)", memory_save_mode, _SAVINGS)
     _checks.positive_int("kron(lax_map_batch_size)", lax_map_batch_size, minimum=0)
 
-    def family(structure, whitens, max_size, min_ndim, scale):
+    def family(structure, whitens, max_size_triangular, min_ndim_triangular, preconditioner_init_scale):
+        automatic = preconditioner_init_scale == 1.0 and not whitens
         return KronOfAxes(
-            max_size=_whole(max_size),
-            min_ndim=max(min_ndim, 1),
+            max_size=_whole(max_size_triangular),
+            min_ndim=max(min_ndim_triangular, 1),
             savings=memory_save_mode,
             whitens=whitens,
-            initial_scale=None if scale == 1.0 and not whitens else _of_P(scale),
+            initial_scale=None if automatic else _of_P(preconditioner_init_scale),
         )
 
     link = scale_by_fitted(
         "kron",
         family,
-        {"max_size": max_size_triangular, "min_ndim": min_ndim_triangular, "scale": preconditioner_init_scale},
+        dict(
+            max_size_triangular=max_size_triangular,
+            min_ndim_triangular=min_ndim_triangular,
+            preconditioner_init_scale=preconditioner_init_scale,
+        ),
         b1=b1,
         rate=preconditioner_lr,
         probability=preconditioner_update_probability,

@@ -165,6 +165,18 @@ def test_a_period_is_the_same_for_a_traced_step():
     assert np.count_nonzero(np.asarray(traced) != [p.period(int(step)) for step in steps]) <= 2  # rounding of x.5
 
 
+@pytest.mark.parametrize("fit", ["gradient", "hessian"])
+@pytest.mark.parametrize("family", [Kron(), Affine(), Elementwise(), XMat(), XMat("flat"), LowRank(2), Dense()])
+def test_parameters_without_entries_are_left_alone(family, fit):
+    params = {"a": jnp.full((2, 3), 2.0), "none": jnp.zeros((0, 4))}
+    objective = Objective.from_loss(lambda p, batch: sum(jnp.sum(x**2) for x in jax.tree.leaves(p)))
+    c = run(PSGD(family, fit), objective, params, [{"b": np.zeros((1,), np.float32)}])
+    assert (int(c.fits), int(c.failures)) == (1, 0)
+    out = jax.jit(lambda c, v: c.invert(c.apply(v)))(c, params)
+    assert out["none"].shape == (0, 4)
+    np.testing.assert_allclose(out["a"], params["a"], rtol=1e-4)
+
+
 # -- layers of a scan --------------------------------------------------------------------------------------------------
 
 
