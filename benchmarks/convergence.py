@@ -118,11 +118,12 @@ def main() -> None:
         mine = dataclasses.replace(options, optimizer=name, momentum=momentum)
         grid = []
         for trial in case.trials(name, args.trials):
-            found = train(case, dataclasses.replace(mine, **trial, seed=0))
+            found = train(case, dataclasses.replace(mine, **dict[str, Any](trial), seed=0))
             grid.append({**trial, **found})
             print(f"{name:<10} {trial}, seed 0: train/loss {found['train/loss']:.5g}", flush=True)
         best = min(case.trials(name, args.trials), key=lambda trial: _loss(grid, trial))
-        seeds = [train(case, dataclasses.replace(mine, **best, seed=seed)) for seed in range(1, args.seeds + 1)]
+        chosen: dict[str, Any] = {**best}
+        seeds = [train(case, dataclasses.replace(mine, **chosen, seed=seed)) for seed in range(1, args.seeds + 1)]
         means = {key: statistics.mean(run[key] for run in seeds) for key in seeds[0]}
         spread = {key: statistics.pstdev(run[key] for run in seeds) for key in seeds[0]}
         report[name] = {"best": best, "grid": grid, "seeds": seeds, "mean": means, "deviation": spread}

@@ -110,7 +110,7 @@ def digits() -> dict[str, jax.Array]:
     """All images in [0, 1], and their labels."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
+    found: Any = load_digits()
     return {"image": jnp.asarray(found.data / 16, jnp.float32), "label": jnp.asarray(found.target, jnp.int32)}
 
 

@@ -61,8 +61,9 @@ def measure(devices: int, model: str, sharding: str, scaling: str, names: list[s
     from benchmarks.step_time import MLP
     from curvtrain import losses
     from curvtrain.curvature import stacks
-    from curvtrain.trainer.plan import Plan, Task
-    from curvtrain.trainer.report import ProgramReport
+    from curvtrain.trainer.run.layout import Task
+    from curvtrain.trainer.run.plan import Plan
+    from curvtrain.trainer.watch.report import ProgramReport
 
     factorised = []
 
@@ -96,17 +97,17 @@ def measure(devices: int, model: str, sharding: str, scaling: str, names: list[s
         plan = Plan(config, task, data, optimizer, estimator, schedule)
         state = plan.state_report()
         programs = {}
-        for kind in plan.kinds:
+        for kind in plan.programs.kinds:
             factorised.clear()
-            lowered = plan.lower(kind)
+            lowered = plan.programs.lower(kind)
             work = sum(factorised) if kind.refresh else 0
             program = ProgramReport.of(str(kind), lowered.compile())
             programs[str(kind)] = {"flops": program.flops, "factorised": work, "sent": program.sent}
         parts = {part: (state[part].whole, state[part].per_device) for part in state if part not in ("step", "key")}
-        choices = plan.choices
+        choices = plan.layout.choices
         found[name] = {"state": parts, "choices": choices, "programs": programs}
-        if estimator is not None:
-            found[name]["overview"] = plan.estimator.overview(plan.objective, plan.state.params)
+        if plan.layout.estimator is not None:
+            found[name]["overview"] = plan.layout.estimator.overview(*plan.layout.measured)
     return found
 
 

@@ -39,8 +39,9 @@ from benchmarks.machine import write
 from recipes.common.language import Transformer
 from curvtrain import curvature, hooks, losses, optim
 from curvtrain.curvature import trees
-from curvtrain.trainer.plan import Plan, Task
-from curvtrain.trainer.step import Kind
+from curvtrain.trainer.run.layout import Task
+from curvtrain.trainer.run.plan import Plan
+from curvtrain.trainer.run.step import Kind
 
 
 class MLP(nnx.Module):
@@ -161,11 +162,11 @@ class Stepper:
     """Runs compiled steps of a plan on a fixed batch."""
 
     def __init__(self, plan: Plan):
-        self.plan, self.state, self.batch = plan, plan.initial_state(), plan.put(plan.data.first())
+        self.plan, self.state, self.batch = plan, plan.layout.initial_state(), plan.batches.put(plan.data.first())
 
     def __call__(self, kind: Kind, steps: int = 1) -> float:
         """Seconds for so many steps of a kind."""
-        program = self.plan.step_program(kind)
+        program = self.plan.programs.step(kind)
         began, seen = time.perf_counter(), None
         for _ in range(steps):
             self.state, seen = program(self.state, self.batch, None)
@@ -230,7 +231,7 @@ def compile_times(layers: tuple[int, int], rounds: int) -> dict[str, float]:
             plan = Plan(config, task, batch, optim.psgd(1e-3), curvature.PSGD(), curvtrain.CurvatureSchedule())
             jax.clear_caches()
             began = time.perf_counter()
-            plan.step_program(Kind(update=True))
+            plan.programs.step(Kind(update=True))
             times[n].append(time.perf_counter() - began)
     few, many = (statistics.median(times[n]) for n in layers)
     return {f"{layers[0]}_blocks_s": few, f"{layers[1]}_blocks_s": many, "ratio": many / few}
@@ -239,7 +240,8 @@ def compile_times(layers: tuple[int, int], rounds: int) -> dict[str, float]:
 def refresh_against_hvps(sizes: list[int], batch_size: int, rounds: int) -> dict[str, float]:
     """Medians in ms of a warm refresh, and of as many Hessian-vector products in a loop."""
     plan = plan_of(sizes, batch_size, optax.adam(1e-3))
-    objective, params, batch = plan.objective, plan.initial_state().params, plan.put(plan.data.first())
+    objective, params = plan.layout.objective, plan.layout.initial_state().params
+    batch = plan.batches.put(plan.data.first())
     estimator, key = curvature.Lanczos(k=10), jax.random.key(0)
     refresh = jax.jit(lambda c, p: estimator.refresh(c, objective.with_state({}), p, batch, key))
     pairs = refresh(estimator.init(objective, params), params)

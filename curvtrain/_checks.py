@@ -44,7 +44,7 @@ def number_in(
     open_high: bool = False,
 ) -> None:
     """Raises TypeError unless `value` is a real number, ValueError unless low <= value <= high (< where it is open)."""
-    if not _is_number(value, numbers.Real, jnp.number) or jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+    if not _is_number(value, numbers.Real, jnp.integer, jnp.floating):
         raise TypeError(f"{argument} should be a number, not {value!r} of type {type(value).__name__}.")
     known = _known(value)
     if known is None:
@@ -64,9 +64,9 @@ def is_off(value: object) -> bool:
     return not isinstance(value, jax.Array) and bool(value == 0)
 
 
-def _is_number(value: Any, kind: type, dtype: Any) -> bool:
+def _is_number(value: Any, kind: type, *dtypes: Any) -> bool:
     if isinstance(value, jax.Array | np.ndarray):
-        return value.ndim == 0 and jnp.issubdtype(value.dtype, dtype)
+        return value.ndim == 0 and any(jnp.issubdtype(value.dtype, dtype) for dtype in dtypes)
     return isinstance(value, kind) and not isinstance(value, bool | np.bool_)
 
 

@@ -1,12 +1,12 @@
 """Several processes of one script on this machine: `python -m curvtrain.launch --processes 2 script.py args...`
 
-The processes meet at a free local port, which they learn from environment variables that `curvtrain.trainer` reads, so
-the script needs no change. Process 0 writes to the console as if it were alone; lines of the others get a prefix and
-go to standard error. SIGTERM and Ctrl-C are passed on to all. When a process fails, the others, which would wait for
-it, are ended; the exit status is that of the first that failed, 128 + n if signal n ended it.
+The processes meet at a free local port. They learn it from environment variables that `curvtrain.trainer` reads, so the
+script needs no change. Process 0 writes to the console as if it were alone; lines of the others get a prefix and go to
+standard error. SIGTERM and Ctrl-C are passed on to all processes. When one fails, the others, which would wait for it,
+are ended; the exit status is that of the first that failed, or 128 + n if signal n ended it.
 
-Each process gets a GPU of its own, or `--gpus-per-process` of them. `--devices 4` gives each four virtual CPU devices
-instead: for tests, and for finding out on a laptop whether a script runs on many devices.
+Each process gets a GPU of its own, or `--gpus-per-process` of them. With `--devices 4` each gets four virtual CPU
+devices instead: for tests, and to try on a laptop whether a script runs on many devices.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Job:
         self._sent: int | None = None  # the last signal to all
 
     def start(self, command: list[str], environment: dict[str, str]) -> None:
-        """Starts the next process, in a session of its own: Ctrl-C on the terminal should not reach it twice."""
+        """Starts the next process, in a session of its own, so that Ctrl-C on the terminal does not reach it twice."""
         index = len(self._processes)
         out, err = (None, None) if index == 0 else (subprocess.PIPE, subprocess.STDOUT)
         process = subprocess.Popen(command, env=environment, start_new_session=True, stdout=out, stderr=err)
@@ -61,14 +61,14 @@ class Job:
             process.send_signal(self._sent)
 
     def send(self, number: int) -> None:
-        """A signal to all that still run."""
+        """Sends a signal to all processes that still run."""
         self._sent = number
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def wait(self) -> int:
-        """Waits for all; ends the others when one fails. Returns the exit status of the first that failed, or 0."""
+        """Waits for all processes; when one fails, ends the others. Returns the first failure's exit status, or 0."""
         status = 0
         for left in reversed(range(self.count)):
             index = self._ended.get()
@@ -123,7 +123,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _environment(options: argparse.Namespace, port: int, index: int) -> dict[str, str]:
-    """What process `index` gets: the variables that `curvtrain.trainer.distributed` and JAX read."""
+    """The environment of process `index`, with the variables that `curvtrain.trainer.distributed` and JAX read."""
     environment = {
         **os.environ,
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
@@ -144,7 +144,7 @@ def _environment(options: argparse.Namespace, port: int, index: int) -> dict[str
 
 @contextlib.contextmanager
 def _passed_on(job: Job) -> Generator[None]:
-    """SIGTERM and SIGINT go to the processes, whose ends decide about ours; if we fail, none of them stays behind."""
+    """Passes SIGTERM and SIGINT on to the processes. If the launcher itself fails, it kills them all."""
     before = {n: signal.signal(n, lambda number, _: job.send(number)) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
@@ -157,7 +157,7 @@ def _passed_on(job: Job) -> Generator[None]:
 
 
 def _copy(source: BinaryIO, prefix: bytes) -> None:
-    """Lines of a process to our standard error."""
+    """Copies the lines of a process to the launcher's standard error."""
     with source:
         for line in source:
             sys.stderr.buffer.write(prefix + line if line.endswith(b"\n") else prefix + line + b"\n")

@@ -23,6 +23,7 @@ from curvtrain.curvature import (
     XMat,
 )
 
+PLAIN = dict(uncovered="diagonal")  # the contract's model has a parameter of no layer
 SPLIT = "its solve is an approximation of (C + damping I)^-1: the damping is split over the factors"
 
 
@@ -65,15 +66,18 @@ def kfac():
 
 CASES = {
     "Lanczos": Case(Lanczos(k=3, l=1, m=8), lambda: optim.fosi(optax.sgd(0.1, momentum=0.5))),
-    "KFAC": Case(KFAC("exact"), kfac, inexact=SPLIT),
-    "KFAC, eigh": Case(KFAC("empirical", inverse="eigh"), kfac),
-    "KFAC, stale": Case(KFAC("empirical", stale=0.1, slots=8), kfac, inexact=SPLIT),
-    "KFAC, ekfac": Case(KFAC("sampled", "reduce", "ekfac", scale_every=2), lambda: optim.kfac(0.1, 0.8, 0.3)),
+    "KFAC": Case(KFAC("exact", **PLAIN), kfac, inexact=SPLIT),
+    "KFAC, eigh": Case(KFAC("empirical", inverse="eigh", **PLAIN), kfac),
+    "KFAC, stale": Case(KFAC("empirical", stale=0.1, slots=8, **PLAIN), kfac, inexact=SPLIT),
+    "KFAC, ekfac": Case(
+        KFAC("sampled", "reduce", "ekfac", scale_every=2, plain="table|scale", **PLAIN),
+        lambda: optim.kfac(0.1, 0.8, 0.3),
+    ),
     "DiagonalFisher": Case(DiagonalFisher("empirical"), by_curvature),
-    "KroneckerDiagonal": Case(KroneckerDiagonal("sampled"), by_curvature),
-    "UnitWise": Case(UnitWise("exact"), by_curvature),
-    "FullBlock": Case(FullBlock("exact"), kfac),
-    "FullBlock, hessian": Case(FullBlock("hessian"), lambda: by_curvature(5.0), dampings=(3.0, 7.0)),
+    "KroneckerDiagonal": Case(KroneckerDiagonal("sampled", **PLAIN), by_curvature),
+    "UnitWise": Case(UnitWise("exact", **PLAIN), by_curvature),
+    "FullBlock": Case(FullBlock("exact", **PLAIN), kfac),
+    "FullBlock, hessian": Case(FullBlock("hessian", **PLAIN), lambda: by_curvature(5.0), dampings=(3.0, 7.0)),
     "PSGD, Kron": psgd(Kron(), momentum=0.9),
     "PSGD, Kron in blocks": psgd(Kron("QUAD", block_size=2), "hessian", 0.1, probes=2),
     "PSGD, Affine": psgd(Affine(), "ggn", 0.1, update_probability=0.5),
@@ -86,10 +90,10 @@ CASES = {
 # name -> (makes the transformation, an estimator of a curvature that it takes)
 OPTIMIZERS = {
     "fosi": (lambda: optim.fosi(optax.adam(0.1)), Lanczos(k=2)),
-    "kfac": (kfac, KFAC()),
+    "kfac": (kfac, KFAC(**PLAIN)),
     "kfac, fixed": (lambda: optim.kfac(0.1, 0.9, 0.1, norm_constraint=1e-3), DiagonalFisher()),
-    "natural_gradient": (lambda: optim.natural_gradient(0.1, momentum=0.9, l2=1e-3, lars=True), UnitWise()),
-    "scale_by_curvature": (by_curvature, UnitWise()),
+    "natural_gradient": (lambda: optim.natural_gradient(0.1, momentum=0.9, l2=1e-3, lars=True), UnitWise(**PLAIN)),
+    "scale_by_curvature": (by_curvature, UnitWise(**PLAIN)),
     "psgd": (lambda: optim.psgd(0.01, weight_decay=0.1, clip_global_norm=1.0), PSGD()),
     "psgd, nesterov": (lambda: optim.psgd(0.01, nesterov=True, style="adam"), PSGD(Kron("EQ"), "hessian")),
 }

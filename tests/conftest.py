@@ -13,7 +13,9 @@ FLAGS = {
     "xla_cpu_collective_call_terminate_timeout_seconds": "600",  # after 40 s of waiting XLA would abort the process
 }
 
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know it, and abort at what they do not know
+if importlib.metadata.version("jaxlib").startswith(
+    "0.10."
+):  # later ones do not know it, and abort at what they do not know
     FLAGS["xla_cpu_use_fusion_emitters"] = "false"  # halves it once more, of large programs it leaves a third
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -20,26 +20,37 @@ from curvtrain import Objective, losses
 KEY = jax.random.key(1)
 
 
-class Normed(nnx.Module):
-    """Two layers and a LayerNorm, over a short sequence whose mean is classified."""
+class Mixed(nnx.Module):
+    """One of everything that users have: an embedding, a convolution, scanned layers, a norm, a plain parameter."""
 
     def __init__(self, rngs):
-        self.inner, self.norm = nnx.Linear(3, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
-        self.outer = nnx.Linear(4, 3, rngs=rngs)
+        self.table = nnx.Embed(5, 3, rngs=rngs)
+        self.conv = nnx.Conv(3, 3, kernel_size=(2,), rngs=rngs)
+        make = nnx.split_rngs(splits=2)(nnx.vmap(lambda rngs: nnx.Linear(3, 3, rngs=rngs), in_axes=0))
+        self.blocks = make(rngs)
+        self.norm, self.scale = nnx.LayerNorm(3, rngs=rngs), nnx.Param(jnp.linspace(0.5, 1.5, 3))
+        self.outer = nnx.Linear(3, 3, rngs=rngs)
 
-    def __call__(self, x):
-        return self.outer(nnx.tanh(self.norm(self.inner(x))).mean(1))
+    def __call__(self, tokens):
+        x = nnx.tanh(self.conv(self.table(tokens)))
+        x = nnx.scan(lambda x, block: nnx.tanh(block(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.blocks)
+        return self.outer(self.scale * self.norm(x).mean(1))
 
 
 @functools.cache
 def build():
-    predict = lambda model, batch: model(batch["x"])
-    return Objective.from_model(Normed(nnx.Rngs(0)), predict, losses.SoftmaxCrossEntropy())
+    """Eight examples are walked in pieces of three, the last of which is ragged."""
+    predict = lambda model, batch: model(batch["tokens"])
+    return Objective.from_model(Mixed(nnx.Rngs(0)), predict, losses.SoftmaxCrossEntropy(), microbatch=3)
 
 
 def batch_for(seed):
     rng = np.random.default_rng(seed)
-    return {"x": rng.normal(size=(8, 2, 3)).astype(np.float32), "label": rng.integers(0, 3, 8).astype(np.int32)}
+    return {
+        "tokens": rng.integers(0, 5, (8, 3)).astype(np.int32),
+        "label": rng.integers(0, 3, 8).astype(np.int32),
+        "mask": np.arange(8) != 4,
+    }
 
 
 def shapes(tree):
@@ -67,11 +78,12 @@ class Life:
             return estimator.refresh(curvature, objective, params, batch, KEY, damping)
 
         self.advance = advance
-        self.first = estimator.init(objective, self.params)
+        self.init = lambda: estimator.init(objective, self.params)  # not jitted: no buffer may be in it twice
+        self.first = self.init()
         self.curvature = self.live(self.params)
 
     def live(self, params):
-        curvature = jax.tree.map(jnp.copy, self.first)
+        curvature = self.init()
         for seed in range(3):
             curvature = self.advance(curvature, params, batch_for(seed), jnp.float32(0.1))
             assert shapes(curvature) == shapes(self.first)
@@ -97,12 +109,16 @@ def is_the_matrix_that_it_says(life, dampings, inexact):
     @jax.jit
     def of(c, v):
         solve = lambda damping: ravel_pytree(c.solve(v, damping))[0]
-        return c.as_matrix(), ravel_pytree(c.matvec(v))[0], [solve(damping) for damping in dampings]
+        more = ravel_pytree(c.diagonal())[0], c.logdet(dampings[-1])
+        return c.as_matrix(), ravel_pytree(c.matvec(v))[0], [solve(damping) for damping in dampings], *more
 
-    C, product, solved = jax.tree.map(lambda a: np.asarray(a, np.float64), of(life.curvature, unravel(jnp.asarray(v))))
+    found = jax.tree.map(lambda a: np.asarray(a, np.float64), of(life.curvature, unravel(jnp.asarray(v))))
+    C, product, solved, diagonal, logdet = found
     assert np.abs(C).max() > 0
     close(C, C.T)
     close(product, C @ v)
+    close(diagonal, np.diag(C))
+    np.testing.assert_allclose(logdet, np.linalg.slogdet(C + dampings[-1] * np.eye(len(C)))[1], rtol=1e-5)
     for damping, ours in zip(dampings, solved, strict=True):
         assert np.all(np.isfinite(ours)) and np.any(ours != 0)
         if not inexact:
@@ -111,10 +127,24 @@ def is_the_matrix_that_it_says(life, dampings, inexact):
             close(ours, np.linalg.solve(C + damping * np.eye(len(C)), v), 1e-6 * max(1, relative))
 
 
+def is_the_preconditioner_that_it_says(life):
+    """apply = P v, invert = P^-1 v, for a symmetric positive definite P."""
+    flat, unravel = ravel_pytree(life.params)
+    v = np.random.default_rng(0).normal(size=flat.size).astype(np.float32)
+    of = jax.jit(lambda c, v: (c.as_matrix(), *(ravel_pytree(w)[0] for w in (c.apply(v), c.invert(v)))))
+    P, product, inverse = (np.asarray(a, np.float64) for a in of(life.curvature, unravel(jnp.asarray(v))))
+    values = np.linalg.eigvalsh(P)
+    assert values.min() > 0
+    close(P, P.T)
+    close(product, P @ v)
+    close(inverse, np.linalg.solve(P, v), 1e-6 * values.max() / values.min())
+    assert jax.tree.map(jnp.shape, life.curvature.like()) == jax.tree.map(jnp.shape, life.params)
+
+
 def starts_as_nothing(life, fitted):
     """An optimizer can be called before the first refresh: with C = 0, or, where P is fitted, with P = I."""
     if fitted:
-        for got in (life.first.solve(life.params, 0.0), life.first.matvec(life.params)):
+        for got in (life.first.apply(life.params), life.first.invert(life.params)):
             jax.tree.map(lambda g, p: np.testing.assert_allclose(g, p, rtol=1e-6), got, life.params)
         return
     for damping in (0.5, jnp.float32(0.5)):
@@ -140,12 +170,13 @@ def has_specs_of_its_structure(life):
         assert is_spec(spec) and len(spec) <= leaf.ndim
 
 
-def reads_bfloat16_exactly(life, damping, rounding):
+def reads_bfloat16_exactly(life, damping, rounding, fitted):
     """Parameters in bfloat16, here of layers that compute in float32, give what the same numbers in float32 give."""
     low = jax.tree.map(lambda p: p.astype(jnp.bfloat16), life.params)
     same = jax.tree.map(lambda p: p.astype(jnp.float32), low)
     ours, theirs = life.live(low), life.live(same)
-    solved = [jax.tree.map(lambda a: np.asarray(a), c.solve(low, damping)) for c in (ours, theirs)]
+    solve = lambda c: c.apply(low) if fitted else c.solve(low, damping)
+    solved = [jax.tree.map(lambda a: np.asarray(a), solve(c)) for c in (ours, theirs)]
     assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(solved))
     close(*(np.asarray(ravel_pytree(s)[0]) for s in solved), rounding)
 
@@ -155,11 +186,14 @@ def test_estimator(name):
     case = CASES[name]
     life = Life(case.estimator)
     has_one_structure_and_one_trace(life)
-    is_the_matrix_that_it_says(life, case.dampings, case.inexact)
+    if case.fitted:
+        is_the_preconditioner_that_it_says(life)
+    else:
+        is_the_matrix_that_it_says(life, case.dampings, case.inexact)
     starts_as_nothing(life, case.fitted)
     tells_scalars(life)
     has_specs_of_its_structure(life)
-    reads_bfloat16_exactly(life, case.dampings[-1], case.rounding)
+    reads_bfloat16_exactly(life, case.dampings[-1], case.rounding, case.fitted)
 
 
 # -- optimizers --------------------------------------------------------------------------------------------------------
@@ -170,7 +204,7 @@ def test_optimizer(name):
     """One structure and one trace over several steps; any extra argument; updates in the parameters' dtypes."""
     make, estimator = OPTIMIZERS[name]
     objective, params = build()
-    params = {**params, "inner": jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["inner"])}
+    params = {**params, "conv": jax.tree.map(lambda p: p.astype(jnp.bfloat16), params["conv"])}
     tx, traces = optax.with_extra_args_support(make()), 0
     curvature = estimator.init(objective, params)
 

@@ -20,17 +20,29 @@ ROOT = Path(curvtrain.__file__).parent
 PACKAGE = sorted(ROOT.rglob("*.py"))
 RECIPES = sorted((ROOT.parent / "recipes").rglob("*.py"))
 
-BOTTOM = {"_checks", "_outputs", "_text"}  # argument checks, outputs as pytrees, tables: for every room
+BOTTOM = {"_checks", "_outputs", "_text", "_version"}  # argument checks, outputs as pytrees, tables: for every room
 MAY_IMPORT = {
     "_checks": set(),
     "_outputs": set(),
     "_text": set(),
+    "_version": set(),
     "losses": BOTTOM,
     "objective": BOTTOM | {"losses"},
     "curvature": BOTTOM | {"losses", "objective"},
     "optim": BOTTOM | {"losses", "objective", "curvature"},
     "trainer": BOTTOM | {"losses", "objective", "curvature"},
     "launch": set(),  # starts processes, knows nothing that they do
+}
+IN_TRAINER = {  # what may be imported between the parts of curvtrain/trainer
+    "config": set(),
+    "state": set(),
+    "mesh": {"config"},
+    "data": {"mesh"},
+    "live": {"data", "state"},  # the run as it is now
+    "disk": {"config", "mesh"},
+    "watch": {"live", "mesh"},
+    "run": {"config", "state", "mesh", "data", "live", "disk", "watch"},
+    "trainer": {"config", "state", "mesh", "data", "live", "disk", "watch", "run"},
 }
 FORBIDDEN = {"torch", "torchvision", "torchopt", "functorch", "tensorflow", "tensorflow_datasets", "keras"}
 
@@ -132,9 +144,18 @@ def test_no_private_modules_of_others_and_no_other_frameworks(path):
     assert wrong_packages(path.read_text()) == []
 
 
-@pytest.mark.parametrize("path", [p for p in PACKAGE if p.parent.name == "trainer"], ids=name_of)
+@pytest.mark.parametrize("path", [p for p in PACKAGE if room_of(p)[0] == "trainer"], ids=name_of)
 def test_trainer_knows_no_estimator_and_no_optimizer(path):
     assert words(path.read_text()) & concrete_names() == set()
+
+
+@pytest.mark.parametrize("path", [p for p in PACKAGE if p.parent != ROOT and room_of(p)[0] == "trainer"], ids=name_of)
+def test_the_parts_of_the_trainer_import_in_one_direction(path):
+    part = path.relative_to(ROOT / "trainer").with_suffix("").parts[0]
+    if part == "__init__":
+        return
+    found = [name.split(".")[2:] for name in imports(path.read_text()) if name.startswith("curvtrain.trainer.")]
+    assert [name for name in found if name[0] != part and name[0] not in IN_TRAINER[part]] == []
 
 
 def test_every_room_is_there():

@@ -19,7 +19,7 @@ from curvtrain.objective import Measure, Objective, Path, by_path
 PyTree = Any
 
 
-class Estimate(abc.ABC):
+class Estimate(abc.ABC):  # noqa: B024 - all of its methods have defaults
     """What an estimator maintains: a pytree of arrays that acts on vectors like the parameters."""
 
     def like(self) -> PyTree:
@@ -57,12 +57,12 @@ class Curvature(Estimate):
     def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
         """(C + damping I)^-1 v, right for any damping."""
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v.
 
         Raises TypeError where this curvature has no eigenbasis, unless the exponent is -1.
         """
-        if exponent == -1.0:
+        if is_inverse(exponent):
             return self.solve(vector, damping)
         raise TypeError(
             f"{type(self).__name__} has no power {exponent} of (C + damping I): only -1, which is `solve`. Curvatures "
@@ -91,6 +91,11 @@ class Curvature(Estimate):
         flat, unravel = ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), self.like()))
         column = lambda e: ravel_pytree(self.matvec(unravel(e)))[0]
         return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype)).T
+
+
+def is_inverse(exponent: jax.Array | float) -> bool:
+    """Whether a power is known to be the inverse: an exponent that is an array may be anything."""
+    return not isinstance(exponent, jax.Array) and exponent == -1
 
 
 E = TypeVar("E", bound=Estimate)

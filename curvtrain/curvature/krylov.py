@@ -54,8 +54,7 @@ class Krylov:
 
     def combine(self, Y: jax.Array) -> PyTree:
         """Y^T Q for coordinates Y (m, w) in the basis: w vectors, every leaf (w, *param.shape)."""
-        branches = [functools.partial(_combine, Q=self.Q[: j + 1]) for j in range(len(self.Q))]
-        return jax.lax.switch(_live(self.Q, self.s - 1), branches, Y)
+        return _combine(Y, self.Q)
 
 
 Select = Callable[[jax.Array, jax.Array], jax.Array]  # (theta ascending, alive) -> indices of the wanted pairs
@@ -89,6 +88,7 @@ def iterate(
     minimum: int,
     select: Select,
     stop: float,
+    draw: Callable[[jax.Array, jax.Array], PyTree] | None = None,
 ) -> Krylov:
     """Builds a Krylov basis until the wanted pairs have converged or `limit` products are spent.
 
@@ -102,10 +102,13 @@ def iterate(
       minimum: products after which convergence is first looked at (static).
       select: which Ritz values are wanted.
       stop: a pair counts as converged when its residual is at most stop * |theta|.
+      draw: (key, number) -> a random vector like `start`; `trees.random` unless given. Numbers count from 1.
 
     Returns:
       The basis and the projected map.
     """
+
+    draw = draw or (lambda key, number: trees.random(key, start, number))
 
     def body(carry: _Carry) -> _Carry:
         k, q, i = carry.krylov, carry.q, carry.krylov.s
@@ -130,10 +133,8 @@ def iterate(
         restart = verify | (beta <= _BREAKDOWN * jnp.max(jnp.abs(k.T)))
 
         def fresh(_):
-            z = trees.random(jax.random.fold_in(key, i), q)
-            for _ in range(2):
-                z, _ = _project_out(trees.scale(1.0 / trees.norm(z), z), k.Q)
-            return trees.scale(1.0 / trees.norm(z), z)
+            z, _, length = _orthogonal(draw(key, i + 1), Q, len(Q) - 1)
+            return trees.scale(1.0 / length, z)
 
         following = jax.lax.cond(restart, fresh, lambda _: trees.scale(1.0 / beta, w), None)
         return _Carry(
@@ -186,39 +187,44 @@ def _orthogonalise(w, q, previous, beta, Q, i):
     w = jax.tree.map(lambda w, q, p: w - alpha * q - beta * p, w, q, previous)  # three-term recurrence
     index = jnp.arange(sum(map(_rows, Q)))
     column = jnp.where(index == i, alpha, 0.0) + jnp.where(index == i - 1, beta, 0.0)
+    w, c, length = _orthogonal(w, Q, _live(Q, i))
+    return w, column + c, length
 
-    # Blocks and a conditional, for two reasons: rows that are still zero are not read (a slice of one array would be
-    # copied), and without a conditional XLA fuses the write of the newest row into every reader of the basis, and
-    # copies the basis whole in each iteration.
-    def against(Q):
+
+def _orthogonal(w, Q, live):
+    """w less its components on the rows of the blocks up to `live`: (what is left, the components (m,), its length).
+
+    One pass of classical Gram-Schmidt, and a second one if the first removed a noticeable part.
+    """
+    rows = sum(map(_rows, Q))
+
+    def against(blocks):
         def run(w):
-            w, c = _project_out(w, Q)
-
-            def once_more(w):
-                w, more = _project_out(w, Q)
-                return w, c + more, trees.norm(w)
-
-            length = trees.norm(w)
-            again = jnp.linalg.norm(c) > _REMOVED * length
-            w, c, length = jax.lax.cond(again, once_more, lambda w: (w, c, length), w)
-            return w, jnp.pad(c, (0, column.size - c.size)), length
+            c = jnp.concatenate([trees.coefficients(block, w) for block in blocks])
+            return trees.subtract(w, _combine(c, blocks)), jnp.pad(c, (0, rows - c.size))
 
         return run
 
-    w, c, length = jax.lax.switch(_live(Q, i), [against(Q[: j + 1]) for j in range(len(Q))], w)
-    return w, column + c, length
+    branches = [against(Q[: j + 1]) for j in range(len(Q))]
+
+    def one_pass(carry):
+        w, c, _, first, _ = carry
+        w, removed = jax.lax.switch(live, branches, w)
+        length = trees.norm(w)
+        again = first & (jnp.linalg.norm(removed) > _REMOVED * length)
+        return w, c + removed, length, jnp.bool_(False), again
+
+    # A loop, so that both passes are one piece of the program. It also keeps XLA from fusing the write of the newest
+    # row into every reader of the basis, for which it would copy the basis whole in each iteration.
+    start = w, jnp.zeros(rows, jnp.float32), jnp.float32(0), jnp.bool_(True), jnp.bool_(True)
+    w, c, length, _, _ = jax.lax.while_loop(lambda carry: carry[-1], one_pass, start)
+    return w, c, length
 
 
 def _combine(c, Q):
     """Q^T c: a vector for coordinates c (m,), a basis of w vectors for (m, w)."""
     parts = [trees.combine(c[first : first + _rows(block)], block) for first, block in _offsets(Q)]
     return functools.reduce(trees.add, parts)
-
-
-def _project_out(w, Q):
-    """w less its components on the rows of Q, and these: one pass of classical Gram-Schmidt."""
-    c = jnp.concatenate([trees.coefficients(block, w) for block in Q])
-    return trees.subtract(w, _combine(c, Q)), c
 
 
 def _rows(block: PyTree) -> int:

@@ -45,6 +45,19 @@ def mesh_shape() -> dict[str, int]:
     return {axis: size for axis, size in mesh.shape.items() if size > 1}
 
 
+def may_be_split(tree: PyTree) -> bool:
+    """Whether the compiler may split these arrays over devices: they, or the ambient mesh, span several.
+
+    A traced array knows the mesh that it lies on, though not along which of its axes it is split.
+    """
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree))]
+    return any(
+        size > 1 and kind != AxisType.Manual  # inside `jax.shard_map` an array is one device's own
+        for mesh in meshes
+        for size, kind in zip(mesh.shape.values(), mesh.axis_types, strict=True)
+    )
+
+
 def everywhere(tree: PyTree) -> PyTree:
     """The same arrays, all of each on every device."""
     return constrain(tree, ())

@@ -87,7 +87,8 @@ def ggn_gram(
     """
     objective.require_outputs("ggn_gram", "hvp, or Objective.from_model(model, predict, loss)")
     loss = objective.loss_of_outputs
-    params, vectors = trees.float32(params), [trees.float32(v) for v in vectors]
+    params = trees.float32(params)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(trees.float32, vectors))
 
     def sums(piece, key):
         def outputs(p):
@@ -95,10 +96,11 @@ def ggn_gram(
             return floats(z), z
 
         _, J, z = jax.linearize(outputs, params, has_aux=True)
-        Jv = [J(v) for v in vectors]
-        HJv = [floats(loss.hessian_product(z, piece, with_floats(z, u))) for u in Jv]  # weights included
-        inner = lambda a, b: sum(jnp.sum((x * y).astype(jnp.float32)) for x, y in zip(a, b, strict=True))
-        return jnp.stack([jnp.stack([inner(u, h) for h in HJv]) for u in Jv]), jnp.sum(loss.weights(z, piece))
+        Jv = jax.vmap(J)(stacked)
+        HJv = jax.vmap(lambda u: floats(loss.hessian_product(z, piece, with_floats(z, u))))(Jv)  # weights included
+        inner = lambda u, h: jnp.einsum("ia,ja->ij", *(x.reshape(len(vectors), -1).astype(jnp.float32) for x in (u, h)))
+        with trees.exact():
+            return sum(map(inner, Jv, HJv)), jnp.sum(loss.weights(z, piece))
 
     total, weight = objective.accumulate(sums, batch, key)
     return total / safe(weight)

@@ -89,7 +89,9 @@ def check_requests(found: Sequence[Request], estimate: Estimate | None, argument
     """Raises TypeError unless the curvature is what every request takes; `argument` is what errors call it."""
     for request in found:
         if not request.paths:
-            raise ValueError(f"optim.{request.optimizer} is given no parameters: a mask, label or route leaves it none.")
+            raise ValueError(
+                f"optim.{request.optimizer} is given no parameters: a mask, label or route leaves it none."
+            )
         advice = f"optim.{request.optimizer} takes {_described(request.takes)}"
         if estimate is None:
             raise TypeError(f"{advice}, and {argument} is None. Give it an estimator.")

@@ -1,8 +1,10 @@
 """When curvature is updated and refreshed: a pure function of the step, decided on the host."""
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from curvtrain import _checks
 from curvtrain.curvature.request import Request
@@ -36,7 +38,6 @@ class CurvatureSchedule:
     update_first: bool = True
 
     def __post_init__(self):
-        object.__setattr__(self, "_times", {})  # what functions of the step gave so far, by function
         if self.update_every is None:
             raise TypeError("CurvatureSchedule(update_every) should be an integer or a function of the step, not None.")
         for name in ("update_every", "refresh_every"):
@@ -67,7 +68,7 @@ class CurvatureSchedule:
             return False
         if not callable(period):
             return (step - self.start) % period == 0
-        return self._times.setdefault(period, _Times(period, self.start)).has(step)
+        return _times(period, self.start).has(step)
 
 
 class _Times:
@@ -84,7 +85,12 @@ class _Times:
         return step in self._found
 
 
-def _checked_period(every: object, step: int) -> int:
+@functools.lru_cache(maxsize=64)
+def _times(period: Callable[[int], int], start: int) -> _Times:
+    return _Times(period, start)
+
+
+def _checked_period(every: Any, step: int) -> int:
     try:
         every = operator.index(every)  # a fraction is no number of steps
     except TypeError:

@@ -1,4 +1,4 @@
-"""A model, a prediction and a loss, seen as pure functions of the parameters. The only place where a module is split."""
+"""A model, a prediction and a loss as pure functions of the parameters: the only place where a module is split."""
 
 from curvtrain.objective.objective import Objective as Objective
 from curvtrain.objective.paths import Path as Path

@@ -187,7 +187,8 @@ class Objective:
             odd = sorted(map(path_name, leaves.keys() ^ wanted))
             raise ValueError(
                 f"The objective is a function of other parameters than it is given: {', '.join(odd[:3])} "
-                f"{'is' if len(odd) == 1 else 'are'} on one side only. Freeze the others: Objective.select(params, paths)."
+                f"{'is' if len(odd) == 1 else 'are'} on one side only. Freeze the others with Objective.select(params, "
+                f"paths)."
             )
         return nested(leaves)
 

@@ -3,7 +3,7 @@
 | kind | what it is |
 |---|---|
 | parameters | variables that the filter `wrt` of the objective names: derivatives are taken of them |
-| frozen | other `nnx.Param`s, and parameters that `Objective.select` left out: inputs of the loss that stay as they are |
+| frozen | other `nnx.Param`s, and parameters that `Objective.select` left out: the loss reads them as they are |
 | model state | the rest, such as batch statistics: a forward pass may change it |
 | random streams | not kept: they are folded out of the key of each call |
 """
@@ -50,7 +50,7 @@ class SplitModel:
 
     @classmethod
     def of(cls, model: nnx.Module, predict: Any, loss: Loss, wrt: Any) -> tuple["SplitModel", PyTree, PyTree, PyTree]:
-        """Returns (the static half, parameters, frozen parameters, model state) of a module, all of them nested dicts."""
+        """Returns (the static half, parameters, frozen parameters, model state) of a module, as nested dicts."""
         graph, params, random, _, frozen, rest = _split(model, wrt)
         deterministic, evaluation = (
             _split(nnx.view(model, raise_if_not_found=False, **flags), wrt)[0]

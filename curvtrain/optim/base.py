@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from curvtrain.curvature.base import Estimate
 from curvtrain.objective import by_path, path_name
@@ -41,6 +42,11 @@ def require_params(optimizer: str, params: Any) -> None:
     """Raises ValueError if `update` was called without the parameters."""
     if params is None:
         raise ValueError(f"{optimizer} needs the parameters: call update(grads, state, params).")
+
+
+def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation; optax's own types know no dataclasses in states, such as a `Request`."""
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def vectors_for(optimizer: str, curvature: Estimate, updates: PyTree) -> tuple[Convert, Convert]:
@@ -102,4 +108,3 @@ def _check_separable(optimizer: str, curvature: Estimate, chosen: set) -> None:
                 f"{type(curvature).__name__} mixes with it. Estimate the curvature of the chosen parameters alone: a "
                 f"Trainer and optim.self_contained do so, and Objective.select(params, paths) in a loop of your own."
             )
-

@@ -32,8 +32,9 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.eigenpairs import Eigenpairs
+from curvtrain.curvature.packing import Packing
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, require_params, require_transformation, vectors_for
+from curvtrain.optim.base import require_curvature, require_params, require_transformation, transformation, vectors_for
 
 PyTree = Any
 Momentum = Callable[[jax.Array, jax.Array], jax.Array]  # (g1, vel) -> vel: elementwise and linear
@@ -45,6 +46,9 @@ MOMENTA: dict[str, Callable[[float], Momentum]] = {
     "nesterov": lambda decay: lambda g1, vel: (1 + decay) * g1 + decay**2 * vel,
     "none": lambda decay: lambda g1, vel: g1,
 }
+
+
+_SMALL = 4096  # numbers; copying a leaf of so many costs no more than a product with it of its own
 
 
 class FosiState(NamedTuple):
@@ -124,19 +128,37 @@ def fosi(
         to, back = vectors_for("fosi", pairs, updates)
         pairs, d, s = _inverse(pairs, damping, learning_rate_clip, l)
 
-        a = pairs.coefficients(to(updates))  # V g
-        g1 = back(pairs.combine(a))
+        span = _Span(pairs, state.count)
+        a = span.coefficients(to(updates))  # V g
+        g1 = back(span.combine(a))
         g2 = jax.tree.map(lambda g, g1: (_wide(g) - g1).astype(g.dtype), updates, g1)
-        b = advance(a, pairs.coefficients(to(trees.float32(state.velocity))))  # V vel: linear, so it commutes with V
+        b = advance(a, span.coefficients(to(state.velocity)))  # V vel: linear, so it commutes with V
         velocity = jax.tree.map(lambda g, v: advance(g, v.astype(jnp.float32)).astype(v.dtype), g1, state.velocity)
         u, base_state = base.update(g2, state.base, params, **extra)
         rate = alpha(state.count) if callable(alpha) else alpha
         # s (u - V^T V u) - alpha V^T (d * V vel), with one pass over V
-        inside = back(pairs.combine(s * pairs.coefficients(to(u)) + rate * d * b))
+        inside = back(span.combine(s * span.coefficients(to(u)) + rate * d * b))
         out = jax.tree.map(lambda u, i: (s * _wide(u) - i).astype(u.dtype), u, inside)
         return out, FosiState(state.count + 1, base_state, velocity, state.request)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
+
+
+class _Span:
+    """The span of the usable eigenvectors, with small leaves packed: one product for all of them."""
+
+    def __init__(self, pairs: Eigenpairs, count: jax.Array):
+        self._packing = Packing.of_basis(pairs.vectors, largest=_SMALL)
+        self._unpack = self._packing.unpacker(count)
+        self._V, self._used = self._packing.pack(pairs.vectors), pairs.converged
+
+    def coefficients(self, vector: PyTree) -> jax.Array:
+        """V v, zero for pairs that are not used: float32 (k + l,)."""
+        return jnp.where(self._used, trees.coefficients(self._V, self._packing.pack(vector)), 0.0)
+
+    def combine(self, weights: jax.Array) -> PyTree:
+        """V^T c: a float32 vector like the parameters."""
+        return self._unpack(trees.combine(weights, self._V))
 
 
 def _wide(a: jax.Array) -> jax.Array:
@@ -157,4 +179,3 @@ def _inverse(pairs: Eigenpairs, damping: float, clip: float, l: int) -> tuple[Ei
     left = jnp.max(magnitude, initial=0.0, where=~usable)  # what the base optimizer would overshoot on
     s = jnp.clip(jnp.max(magnitude, initial=0.0, where=usable) / jnp.maximum(lambda_k, left), 1.0, clip)
     return pairs, d, s
-

@@ -7,14 +7,13 @@ Martens and Grosse (2015), arXiv 1503.05671, sections 6 and 7; over any curvatur
 | theta, g | params | parameters; gradient of L, the loss plus l2/2 |theta|^2 |
 | C | | the curvature, U = (C + (lambda + l2) I)^-1 g |
 | d, v | params | the two directions, d = -U and v = the last update |
-| B | | the exact GGN of the batch |
-| M, b | (2, 2), (2,) | M_ij = V_i^T B V_j + (lambda + l2) V_i^T V_j and b_i = V_i^T g for V = (d, v) |
-| w | (2,) | learning rate and momentum: w = -M^-1 b where both are adaptive; delta = w_0 d + w_1 v |
-| q | () | (w^T M' w)/2 + b^T w, M' without lambda: the model's change of L |
+| w | (2,) | learning rate and momentum, where adaptive the minimum of the quadratic model; delta = w_0 d + w_1 v |
+| q | () | the change of L that the model predicts, see `quadratic_model.py` |
 | rho | () | (L(theta + delta) - L(theta)) / q: the reduction ratio |
 | lambda | () | damping, in a trust-region sense: smaller after rho > 3/4, larger after rho < 1/4 |
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -24,17 +23,16 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
-from curvtrain.curvature.products import ggn_gram
-from curvtrain.objective import Objective
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, require_params, vectors_for
+from curvtrain.objective import Objective
+from curvtrain.optim.base import require_curvature, require_params, transformation, vectors_for
+from curvtrain.optim.quadratic_model import QuadraticModel, quadratic_model
 from curvtrain.optim.scale_by_curvature import check_damping, value_at
 
 PyTree = Any
 
 ADAPTIVE = "adaptive"
 _GOOD, _POOR = 0.75, 0.25  # reduction ratios that lower and raise the damping
-_SINGULAR = 1e-6  # of det M / (M_00 M_11): below it, d and v are one direction to float32
 
 
 class KfacState(NamedTuple):
@@ -101,36 +99,68 @@ def kfac(
       rejected, also `objective=` and `batch=` (and `key=`, and `value=` to save a forward pass). It ends in parameters:
       no learning rate is to be chained after it.
     """
-    for name, value in (("learning_rate", learning_rate), ("momentum", momentum), ("damping", damping)):
-        if isinstance(value, str):
-            _checks.one_of(f"kfac({name})", value, (ADAPTIVE,))
-        else:
-            check_damping(f"kfac({name})", value)
-    _checks.number_in("kfac(initial_damping)", initial_damping, 0.0)
-    _checks.number_in("kfac(l2)", l2, 0.0)
-    _checks.positive_int("kfac(damping_every)", damping_every)
-    _checks.number_in("kfac(damping_decay)", damping_decay, 0.0, 1.0, open_low=True)
-    _checks.number_in("kfac(min_damping)", min_damping, 0.0)
-    _checks.number_in("kfac(max_damping)", max_damping, min_damping)
-    if norm_constraint is not None:
-        _checks.number_in("kfac(norm_constraint)", norm_constraint, 0.0)
-        if isinstance(learning_rate, str):
-            raise ValueError(
-                "kfac(norm_constraint) bounds a given learning rate; an adaptive one is bounded by its quadratic "
-                "model. Give a learning_rate, or no norm_constraint."
-            )
-    adaptive_damping = isinstance(damping, str)
-    model = any(isinstance(option, str) for option in (learning_rate, momentum, damping))
-    rejects = adaptive_damping if reject is None else reject
-    factor = damping_decay**damping_every
-    period = damping_every if adaptive_damping and isinstance(damping_every, int) else None
+    step = _Kfac(
+        learning_rate,
+        momentum,
+        damping,
+        initial_damping,
+        l2,
+        norm_constraint,
+        damping_every,
+        damping_decay,
+        min_damping,
+        max_damping,
+        isinstance(damping, str) if reject is None else reject,
+    )
+    return transformation(step.init, step.update)
 
-    def init(params):
-        first = initial_damping if isinstance(damping, str) else value_at(damping, jnp.int32(0))
+
+@dataclasses.dataclass(frozen=True)
+class _Kfac:
+    """The options of `kfac`, checked, and its two functions."""
+
+    learning_rate: optax.ScalarOrSchedule | str
+    momentum: optax.ScalarOrSchedule | str
+    damping: optax.ScalarOrSchedule | str
+    initial_damping: float
+    l2: float
+    norm_constraint: float | None
+    damping_every: int
+    damping_decay: float
+    min_damping: float
+    max_damping: float
+    reject: bool
+
+    def __post_init__(self):
+        for name in ("learning_rate", "momentum", "damping"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                _checks.one_of(f"kfac({name})", value, (ADAPTIVE,))
+            else:
+                check_damping(f"kfac({name})", value)
+        _checks.number_in("kfac(initial_damping)", self.initial_damping, 0.0)
+        _checks.number_in("kfac(l2)", self.l2, 0.0)
+        _checks.positive_int("kfac(damping_every)", self.damping_every)
+        _checks.number_in("kfac(damping_decay)", self.damping_decay, 0.0, 1.0, open_low=True)
+        _checks.number_in("kfac(min_damping)", self.min_damping, 0.0)
+        _checks.number_in("kfac(max_damping)", self.max_damping, self.min_damping)
+        if self.norm_constraint is not None:
+            _checks.number_in("kfac(norm_constraint)", self.norm_constraint, 0.0)
+            if isinstance(self.learning_rate, str):
+                raise ValueError(
+                    "kfac(norm_constraint) bounds a given learning rate; an adaptive one is bounded by its quadratic "
+                    "model. Give a learning_rate, or no norm_constraint."
+                )
+
+    def init(self, params: PyTree) -> KfacState:
+        """The state before the first update."""
+        first = self.initial_damping if isinstance(self.damping, str) else value_at(self.damping, jnp.int32(0))
+        known = not isinstance(self.damping_every, jax.Array)
+        period = self.damping_every if isinstance(self.damping, str) and known else None
         return KfacState(
             count=jnp.int32(0),
             velocity=trees.zeros(params),
-            request=Request.of("kfac", Curvature, params, jnp.float32(first) + l2, period),
+            request=Request.of("kfac", Curvature, params, jnp.float32(first) + self.l2, period),
             learning_rate=jnp.float32(0),
             momentum=jnp.float32(0),
             reduction_ratio=jnp.float32(jnp.nan),
@@ -138,88 +168,78 @@ def kfac(
         )
 
     def update(
-        updates, state, params=None, *, curvature=None, objective: Any = None, batch=None, key=None, value=None, **extra
+        self, updates, state, params=None, *, curvature=None, objective: Any = None, batch=None, key=None, **extra
     ):
+        """One step; see `kfac`."""
         require_params("kfac", params)
         C = require_curvature("kfac", curvature, Curvature, "curvature.KFAC()")
-        if model or rejects:
+        has_model = any(isinstance(option, str) for option in (self.learning_rate, self.momentum, self.damping))
+        if has_model or self.reject:
             _require_objective(objective, batch)
         theta = trees.float32(params)
-        g = jax.tree.map(lambda g, p: g.astype(jnp.float32) + l2 * p, updates, theta)
-        total, lam = state.damping, state.damping - l2
-        own = lambda vector: vector if objective is None else objective.like_parameters(vector)
-        to, back = vectors_for("kfac", C, updates)
-        U = back(C.solve(to(g), total))
-        d, v = trees.scale(-1.0, U), state.velocity
-
-        rate = None if isinstance(learning_rate, str) else value_at(learning_rate, state.count)
-        decay = None if isinstance(momentum, str) else value_at(momentum, state.count)
-        if rate is not None and norm_constraint is not None:
-            size = rate**2 * trees.dot(U, g)
-            d = trees.scale(jnp.where(size > norm_constraint, jnp.sqrt(norm_constraint / size), 1.0), d)
-        if model:
-            gram = ggn_gram(objective, own(params), (own(d), own(v)), batch, key)
-            dots = jnp.stack([jnp.stack([trees.dot(a, b) for b in (d, v)]) for a in (d, v)])
-            b = jnp.stack([trees.dot(d, g), trees.dot(v, g)])
-            w = _minimise(gram + total * dots, b, rate, decay)
-            q = 0.5 * w @ (gram + l2 * dots) @ w + b @ w
+        g = jax.tree.map(lambda g, p: g.astype(jnp.float32) + self.l2 * p, updates, theta)
+        rate = None if isinstance(self.learning_rate, str) else value_at(self.learning_rate, state.count)
+        decay = None if isinstance(self.momentum, str) else value_at(self.momentum, state.count)
+        directions = d, v = self._direction(C, g, state, rate), state.velocity
+        if has_model:
+            model: QuadraticModel = quadratic_model(objective, params, directions, g, batch, key)
+            w = model.minimum(state.damping, rate, decay)
+            predicted = model.change(w, self.l2)
         else:
             assert rate is not None and decay is not None
-            w, q = jnp.stack([rate, decay]), jnp.float32(jnp.nan)
+            w, predicted = jnp.stack([rate, decay]), jnp.float32(jnp.nan)
         delta = jax.tree.map(lambda d, v: w[0] * d + w[1] * v, d, v)
 
-        def ratio(_):
-            """(rho, whether L fell)."""
-            penalty = lambda p: 0.5 * l2 * trees.dot(p, p)
-            old = (objective.loss(params, batch, key) if value is None else value) + penalty(theta)
+        def reduction(_):
+            """(rho, whether L fell, which is not true of NaN)."""
+            value = extra.get("value")
+            before = objective.loss(objective.like_parameters(params), batch, key) if value is None else value
             moved = trees.add(theta, delta)
-            new = objective.loss(own(_like(moved, params)), batch, key) + penalty(moved)
-            return (new - old) / q, new <= old  # not true of NaN
+            after = objective.loss(objective.like_parameters(_like(moved, params)), batch, key)
+            before, after = before + self._penalty(theta), after + self._penalty(moved)
+            return (after - before) / predicted, after <= before
 
-        due = (state.count + 1) % damping_every == 0
-        if rejects:
-            rho, fell = ratio(None)
-        elif adaptive_damping:
-            rho, fell = jax.lax.cond(due, ratio, lambda _: (state.reduction_ratio, jnp.bool_(True)), None)
+        due = (state.count + 1) % self.damping_every == 0
+        unseen = lambda _: (state.reduction_ratio, jnp.bool_(True))
+        if self.reject:
+            rho, fell = reduction(None)
+        elif isinstance(self.damping, str):
+            rho, fell = jax.lax.cond(due, reduction, unseen, None)
         else:
-            rho, fell = state.reduction_ratio, jnp.bool_(True)
-        keep = fell | (not rejects)
-        if adaptive_damping:
-            raised, lowered = lam / factor, lam * factor
-            adapted = jnp.where(rho > _GOOD, lowered, jnp.where(rho >= _POOR, lam, raised))  # NaN raises
-            lam = jnp.where(due, adapted, lam)
-            lam = jnp.clip(jnp.where(keep, lam, raised), min_damping, max_damping)
-        else:
-            lam = value_at(damping, state.count + 1)
-        velocity = jax.tree.map(lambda new, old: jnp.where(keep, new, old), delta, state.velocity)
+            rho, fell = unseen(None)
+        keep = fell | (not self.reject)
         out = jax.tree.map(lambda x, u: jnp.where(keep, x, 0.0).astype(u.dtype), delta, updates)
         return out, KfacState(
             count=state.count + 1,
-            velocity=velocity,
-            request=state.request.with_damping(lam + l2),
+            velocity=jax.tree.map(lambda new, old: jnp.where(keep, new, old), delta, v),
+            request=state.request.with_damping(self._next_damping(state, rho, due, keep) + self.l2),
             learning_rate=w[0],
             momentum=w[1],
             reduction_ratio=rho,
             rejected=state.rejected + jnp.where(keep, 0, 1),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def _direction(self, C: Curvature, g: PyTree, state: KfacState, rate: jax.Array | None) -> PyTree:
+        """d = -U, scaled down to the norm constraint."""
+        to, back = vectors_for("kfac", C, g)
+        U, scale = back(C.solve(to(g), state.damping)), jnp.float32(-1)
+        if rate is not None and self.norm_constraint is not None:
+            size = rate**2 * trees.dot(U, g)
+            scale = -jnp.where(size > self.norm_constraint, jnp.sqrt(self.norm_constraint / size), 1.0)
+        return trees.scale(scale, U)
 
+    def _penalty(self, theta: PyTree) -> jax.Array:
+        return 0.5 * self.l2 * trees.dot(theta, theta)
 
-def _minimise(M: jax.Array, b: jax.Array, rate: jax.Array | None, decay: jax.Array | None) -> jax.Array:
-    """The w that minimises the model, with the given ones held fixed."""
-    safe = lambda x: jnp.where(x > 0, x, 1.0)
-    if rate is not None and decay is not None:
-        return jnp.stack([rate, decay])
-    if rate is not None:
-        return jnp.stack([rate, jnp.where(M[1, 1] > 0, -(b[1] + M[1, 0] * rate) / safe(M[1, 1]), 0.0)])
-    if decay is not None:
-        return jnp.stack([jnp.where(M[0, 0] > 0, -(b[0] + M[0, 1] * decay) / safe(M[0, 0]), 0.0), decay])
-    alone = jnp.stack([jnp.where(M[0, 0] > 0, -b[0] / safe(M[0, 0]), 0.0), jnp.float32(0)])
-    det = M[0, 0] * M[1, 1] - M[0, 1] * M[1, 0]
-    regular = det > _SINGULAR * M[0, 0] * M[1, 1]
-    both = -jnp.stack([M[1, 1] * b[0] - M[0, 1] * b[1], M[0, 0] * b[1] - M[1, 0] * b[0]]) / safe(det)
-    return jnp.where(regular, both, alone)
+    def _next_damping(self, state: KfacState, rho: jax.Array, due: jax.Array, keep: jax.Array) -> jax.Array:
+        """lambda of the next update."""
+        if not isinstance(self.damping, str):
+            return value_at(self.damping, state.count + 1)
+        lam, factor = state.damping - self.l2, self.damping_decay**self.damping_every
+        raised, lowered = lam / factor, lam * factor
+        adapted = jnp.where(rho > _GOOD, lowered, jnp.where(rho >= _POOR, lam, raised))  # NaN raises
+        lam = jnp.where(due, adapted, lam)
+        return jnp.clip(jnp.where(keep, lam, raised), self.min_damping, self.max_damping)
 
 
 def _like(tree: PyTree, params: PyTree) -> PyTree:

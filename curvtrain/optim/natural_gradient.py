@@ -26,6 +26,7 @@ Departures from PyTorch-SSO: beta is the share of the *old* value, and a is alwa
 by eta_0, as the papers say, where that code divides by the last step's rate.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,7 @@ from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, require_params, vectors_for
+from curvtrain.optim.base import require_curvature, require_params, transformation, vectors_for
 from curvtrain.optim.scale_by_curvature import check_damping, value_at
 
 PyTree = Any
@@ -110,75 +111,110 @@ def natural_gradient(
       A transformation whose `update` needs the parameters and `curvature=`. It ends in parameters: no learning rate is
       to be chained after it.
     """
-    check_damping("natural_gradient(learning_rate)", learning_rate)
-    check_damping("natural_gradient(damping)", damping)
-    if not callable(momentum):
-        _checks.number_in("natural_gradient(momentum)", momentum, 0.0, 1.0, open_high=True)
-    for name, value in (
-        ("momentum_type", momentum_type),
-        ("gradient_decay_type", gradient_decay_type),
-        ("lars_type", lars_type),
-    ):
-        _checks.one_of(f"natural_gradient({name})", value, (RAW, PRECONDITIONED))
-    _checks.number_in("natural_gradient(gradient_decay)", gradient_decay, 0.0, 1.0, open_high=True)
-    _checks.number_in("natural_gradient(l2)", l2, 0.0)
-    _checks.number_in("natural_gradient(weight_decay)", weight_decay, 0.0)
-    if isinstance(rescale, str):
-        _checks.one_of("natural_gradient(rescale)", rescale, (FAN_OUT,))
-    elif rescale is not None:
-        _checks.number_in("natural_gradient(rescale)", rescale, 0.0, open_low=True)
-    _check_mask(mask, weight_decay)
-    if momentum_correction:
-        _check_first_rate(learning_rate)
-    has_momentum, averages, decays = (
-        not _checks.is_off(option) for option in (momentum, gradient_decay, weight_decay)
+    step = _NaturalGradient(
+        learning_rate,
+        damping,
+        momentum,
+        momentum_type,
+        momentum_correction,
+        gradient_decay,
+        gradient_decay_type,
+        l2,
+        weight_decay,
+        lars,
+        lars_type,
+        rescale,
+        mask,
     )
-    decayed_weights = optax.add_decayed_weights(weight_decay, mask)
+    return transformation(step.init, step.update)
 
-    def init(params):
-        if mask is not None:
-            _check_mask_fits(mask, params)
+
+@dataclasses.dataclass(frozen=True)
+class _NaturalGradient:
+    """The options of `natural_gradient`, checked, and its two functions."""
+
+    learning_rate: optax.ScalarOrSchedule
+    damping: optax.ScalarOrSchedule
+    momentum: optax.ScalarOrSchedule
+    momentum_type: str
+    momentum_correction: bool
+    gradient_decay: float
+    gradient_decay_type: str
+    l2: float
+    weight_decay: float
+    lars: bool
+    lars_type: str
+    rescale: str | float | None
+    mask: Any
+
+    def __post_init__(self):
+        check_damping("natural_gradient(learning_rate)", self.learning_rate)
+        check_damping("natural_gradient(damping)", self.damping)
+        if not callable(self.momentum):
+            _checks.number_in("natural_gradient(momentum)", self.momentum, 0.0, 1.0, open_high=True)
+        for name in ("momentum_type", "gradient_decay_type", "lars_type"):
+            _checks.one_of(f"natural_gradient({name})", getattr(self, name), (RAW, PRECONDITIONED))
+        _checks.number_in("natural_gradient(gradient_decay)", self.gradient_decay, 0.0, 1.0, open_high=True)
+        _checks.number_in("natural_gradient(l2)", self.l2, 0.0)
+        _checks.number_in("natural_gradient(weight_decay)", self.weight_decay, 0.0)
+        if isinstance(self.rescale, str):
+            _checks.one_of("natural_gradient(rescale)", self.rescale, (FAN_OUT,))
+        elif self.rescale is not None:
+            _checks.number_in("natural_gradient(rescale)", self.rescale, 0.0, open_low=True)
+        _check_mask(self.mask, self.weight_decay)
+        if self.momentum_correction:
+            _check_first_rate(self.learning_rate)
+
+    def init(self, params: PyTree) -> NaturalGradientState:
+        """The state before the first update."""
+        if self.mask is not None:
+            _check_mask_fits(self.mask, params)
+        first = value_at(self.damping, jnp.int32(0)) + self.l2
         return NaturalGradientState(
             count=jnp.int32(0),
-            velocity=trees.zeros(params) if has_momentum else None,
-            average=trees.zeros(params) if averages else None,
-            request=Request.of("natural_gradient", Curvature, params, value_at(damping, jnp.int32(0)) + l2),
-            first_rate=value_at(learning_rate, jnp.int32(0)),
+            velocity=None if _checks.is_off(self.momentum) else trees.zeros(params),
+            average=None if _checks.is_off(self.gradient_decay) else trees.zeros(params),
+            request=Request.of("natural_gradient", Curvature, params, first),
+            first_rate=value_at(self.learning_rate, jnp.int32(0)),
         )
 
-    def update(updates, state, params=None, *, curvature=None, **extra):
+    def update(self, updates, state, params=None, *, curvature=None, **extra):
+        """One step; see `natural_gradient`."""
         require_params("natural_gradient", params)
         C = require_curvature("natural_gradient", curvature, Curvature, "curvature.KFAC(), or another estimator")
         w, t = trees.float32(params), state.count
-        rate, m = value_at(learning_rate, t), value_at(momentum, t)
-        if momentum_correction:
-            m = m * rate / state.first_rate
-        velocity, average = state.velocity, state.average
-
-        def stage(kind, g):
-            nonlocal velocity, average
-            if has_momentum and momentum_type == kind:
-                g = velocity = jax.tree.map(lambda b, g: m * b + g, velocity, g)
-            if averages and gradient_decay_type == kind:
-                average = jax.tree.map(lambda a, g: gradient_decay * a + (1 - gradient_decay) * g, average, g)
-                g = trees.scale(1 / (1 - gradient_decay ** (t + 1)), average)
-            if lars and lars_type == kind:
-                g = jax.tree.map(_lars, g, w)
-            return g
-
-        g = jax.tree.map(lambda g, w: g + l2 * w, trees.float32(updates), w)
+        rate = value_at(self.learning_rate, t)
+        g = jax.tree.map(lambda g, w: g + self.l2 * w, trees.float32(updates), w)
+        g, state = self._stage(RAW, g, w, rate, state)
         to, back = vectors_for("natural_gradient", C, updates)
-        g = back(C.solve(to(stage(RAW, g)), state.damping))
-        if decays:
-            g, _ = decayed_weights.update(g, decayed_weights.init(w), w)
-        delta = trees.scale(-rate, stage(PRECONDITIONED, g))
-        if rescale is not None:
-            delta = jax.tree.map(lambda d, w: _rescaled(w + d, rescale) - w if w.ndim >= 2 else d, delta, w)
+        g = back(C.solve(to(g), state.damping))
+        if not _checks.is_off(self.weight_decay):
+            decayed = optax.add_decayed_weights(self.weight_decay, self.mask)
+            g, _ = decayed.update(g, decayed.init(w), w)
+        g, state = self._stage(PRECONDITIONED, g, w, rate, state)
+        delta = trees.scale(-rate, g)
+        if self.rescale is not None:
+            move = lambda d, w: _rescaled(w + d, self.rescale) - w if w.ndim >= 2 else d
+            delta = jax.tree.map(move, delta, w)
         delta = jax.tree.map(lambda d, u: d.astype(u.dtype), delta, updates)
-        request = state.request.with_damping(value_at(damping, t + 1) + l2)
-        return delta, NaturalGradientState(t + 1, velocity, average, request, state.first_rate)
+        request = state.request.with_damping(value_at(self.damping, t + 1) + self.l2)
+        return delta, state._replace(count=t + 1, request=request)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def _stage(self, kind: str, g: PyTree, w: PyTree, rate: jax.Array, state: NaturalGradientState):
+        """What momentum, averaging and LARS of one kind make of g, and the state with their memories."""
+        t = state.count
+        if state.velocity is not None and self.momentum_type == kind:
+            m = value_at(self.momentum, t)
+            m = m * rate / state.first_rate if self.momentum_correction else m
+            g = jax.tree.map(lambda b, g: m * b + g, state.velocity, g)
+            state = state._replace(velocity=g)
+        if state.average is not None and self.gradient_decay_type == kind:
+            beta = self.gradient_decay
+            average = jax.tree.map(lambda a, g: beta * a + (1 - beta) * g, state.average, g)
+            g, state = trees.scale(1 / (1 - beta ** (t + 1)), average), state._replace(average=average)
+        if self.lars and self.lars_type == kind:
+            g = jax.tree.map(_lars, g, w)
+        return g, state
 
 
 def _lars(g: jax.Array, w: jax.Array) -> jax.Array:
@@ -186,7 +222,7 @@ def _lars(g: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.where(size > _SMALL, size / (trees.norm(g) + _TINY), 1.0) * g
 
 
-def _rescaled(w: jax.Array, norm: str | float) -> jax.Array:
+def _rescaled(w: jax.Array, norm: Any) -> jax.Array:
     size = trees.norm(w)
     target = (2 * w.shape[-1]) ** 0.5 if isinstance(norm, str) else norm
     return jnp.where(size > _SMALL, target / size, 1.0) * w

@@ -13,7 +13,7 @@ from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.psgd import FittedPreconditioner
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, vectors_for
+from curvtrain.optim.base import require_curvature, transformation, vectors_for
 
 PyTree = Any
 
@@ -134,7 +134,7 @@ def scale_by_psgd(
         out = jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates)
         return out, ScaleByPsgdState(state.count + 1, mu, state.request)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def momentum_like(params: PyTree, dtype: Any) -> PyTree:

@@ -81,6 +81,6 @@ def _check_reached(patterns: Sequence[re.Pattern[str]], names: Sequence[str]) ->
     for index, pattern in enumerate(patterns):
         if index not in chosen:
             raise ValueError(
-                f"optim.route: no parameter reaches {pattern.pattern!r} (route {index}): it matches none of their names, "
-                f"such as {list(names[:3])}, or routes before it take all that it matches."
+                f"optim.route: no parameter reaches {pattern.pattern!r} (route {index}): it matches none of their "
+                f"names, such as {list(names[:3])}, or routes before it take all that it matches."
             )

@@ -1,5 +1,7 @@
 """Any curvature as a link of an optax chain: g -> (C + damping I)^exponent g."""
 
+import math
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -9,9 +11,11 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, vectors_for
+from curvtrain.optim.base import require_curvature, transformation, vectors_for
 
 PyTree = Any
+
+INVERSE = Fraction(-1)
 
 
 class ScaleByCurvatureState(NamedTuple):
@@ -33,7 +37,7 @@ class ScaleByCurvatureState(NamedTuple):
 
 
 def scale_by_curvature(
-    damping: optax.ScalarOrSchedule = 1e-3, exponent: float = -1.0
+    damping: optax.ScalarOrSchedule = 1e-3, exponent: float | Fraction = INVERSE
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies updates by (C + damping I)^exponent, for the `curvature` among the extra arguments.
 
@@ -42,11 +46,12 @@ def scale_by_curvature(
     Args:
       damping: a non-negative number or an optax schedule.
       exponent: -1 for a Newton or natural-gradient step, which every curvature has; -0.5 for one like Adam's, and
-        others, for those with an eigenbasis (`Diagonal`, `Eigenpairs`, `KFAC(inverse="eigh")`).
+        others, for those with an eigenbasis (`Diagonal`, `Eigenpairs`, `KFAC(inverse="eigh")`). A fraction stays as it
+        is under `optax.inject_hyperparams`, which makes arrays of floats, and of an array nobody knows that it is -1.
     """
     check_damping("scale_by_curvature(damping)", damping)
-    if isinstance(exponent, bool) or not isinstance(exponent, int | float):
-        raise TypeError(f"scale_by_curvature(exponent) should be a number, not {exponent!r}.")
+    _checks.number_in("scale_by_curvature(exponent)", exponent, -math.inf)
+    power = exponent if isinstance(exponent, jax.Array) else float(exponent)
 
     def init(params):
         request = Request.of("scale_by_curvature", Curvature, params, value_at(damping, jnp.int32(0)))
@@ -56,12 +61,12 @@ def scale_by_curvature(
         kind = "curvature.KFAC(), or another estimator"
         C = require_curvature("scale_by_curvature", curvature, Curvature, kind)
         to, back = vectors_for("scale_by_curvature", C, updates)
-        scaled = back(C.power(to(updates), state.damping, float(exponent)))
+        scaled = back(C.power(to(updates), state.damping, power))
         scaled = jax.tree.map(lambda s, g: s.astype(g.dtype), scaled, updates)
         request = state.request.with_damping(value_at(damping, state.count + 1))
         return scaled, ScaleByCurvatureState(state.count + 1, request)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def check_damping(argument: str, damping: Any) -> None:

@@ -1,6 +1,7 @@
 """An optimizer that carries its own curvature, for a plain optax loop or `nnx.Optimizer`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from curvtrain.curvature.request import (
 )
 from curvtrain.curvature.schedule import CurvatureSchedule
 from curvtrain.objective import Objective, by_path, nested
-from curvtrain.optim.base import require_params, require_transformation
+from curvtrain.optim.base import require_params, require_transformation, transformation
 
 PyTree = Any
 
@@ -110,22 +111,9 @@ def self_contained(
         step_key = jax.random.fold_in(state.key, state.count) if key is None else key
         found = requests(state.inner)
         here, part = _part(found, objective, params)
-        planned = schedule.settled(found)
-        due = _Due(planned, state)
-
-        def absorb(curvature):
-            own = None if grads is None else part_of(grads, part)
-            return estimator.update(curvature, here, part, batch, step_key, grads=own)
-
-        def advance(curvature, inner):
-            if estimator.absorbs:
-                curvature = jax.lax.cond(due.update, absorb, lambda c: c, curvature)
-            if estimator.factorises:
-                damping = requested_damping(requests(inner))
-                refresh = lambda c: estimator.refresh(c, here, part, batch, step_key, damping=damping)
-                curvature = jax.lax.cond(due.refresh, refresh, lambda c: c, curvature)
-            return curvature
-
+        due = _Due(schedule.settled(found), state)
+        own = None if grads is None else part_of(grads, part)
+        advance = functools.partial(_advance, estimator, due, (here, part, batch, step_key), own)
         curvature = advance(state.curvature, state.inner) if schedule.update_first else state.curvature
         extra |= dict(curvature=curvature, objective=here, batch=batch, key=step_key)
         updates, inner = tx.update(updates, state.inner, params, **extra)
@@ -135,7 +123,7 @@ def self_contained(
             state.count + 1, inner, curvature, state.key, due.next_update, due.next_refresh
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 class _Due:
@@ -144,6 +132,23 @@ class _Due:
     def __init__(self, schedule: CurvatureSchedule, state: SelfContainedState):
         self.update, self.next_update = _next(schedule.update_every, state.next_update, state.count)
         self.refresh, self.next_refresh = _next(schedule.refresh_every, state.next_refresh, state.count)
+
+
+def _advance(
+    estimator: CurvatureEstimator, due: _Due, where: tuple[Any, ...], grads: PyTree, curvature: Any, inner: PyTree
+) -> Any:
+    """The curvature after an update and a refresh, of which each is made if it is due.
+
+    `where` is (objective, its parameters, batch, key); `inner` is the optimizer's state, which says the damping.
+    """
+    if estimator.absorbs:
+        absorb = lambda c: estimator.update(c, *where, grads=grads)
+        curvature = jax.lax.cond(due.update, absorb, lambda c: c, curvature)
+    if estimator.factorises:
+        damping = requested_damping(requests(inner))
+        refresh = lambda c: estimator.refresh(c, *where, damping=damping)
+        curvature = jax.lax.cond(due.refresh, refresh, lambda c: c, curvature)
+    return curvature
 
 
 def _next(period: Any, planned: jax.Array, count: jax.Array) -> tuple[jax.Array, jax.Array]:

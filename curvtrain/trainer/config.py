@@ -16,28 +16,32 @@ ShardingRules = Sequence[tuple[str, PartitionSpec | str]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
-    """What a run is.
+    """The options of a run.
 
     Attributes:
-      steps: optimizer steps in all. Resuming with more steps than before goes on; everything else is part of the run.
+      steps: optimizer steps in all. A finished run that is given more steps goes on.
       batch_size: examples per step, over all devices and processes.
-      seed: of initialisation, data order, dropout and estimators; step t uses fold_in(seed, t).
+      seed: the seed of initialisation, data order, dropout and estimators; step t uses fold_in(seed, t).
       workdir: folder for checkpoints and logs; None keeps everything in memory.
       mesh: axes and sizes, among "data", "fsdp" and "tensor"; -1 is the rest of the devices. The batch is split over
         data and fsdp.
       sharding: "replicated"; "fsdp" (every parameter split along its largest axis that divides); or rules
-        [(regex of the parameter's path, PartitionSpec or one of these words), ...], the first match counts, and what
-        none matches is replicated. A parameter that carries an NNX sharding annotation keeps it.
+        [(regex of the parameter's path, PartitionSpec or one of these words), ...]. The first match counts; without a
+        match a parameter is replicated. A parameter that carries an NNX sharding annotation keeps it.
       save_every: steps between checkpoints (with a workdir; the last step is always saved); None: the last step only.
       eval_every: steps between evaluations of `eval_data` (which also follow the last step); None: never.
       log_every: steps over which logged training metrics are averaged.
-      accumulate: micro-batches that a batch is walked in; same gradients, less memory.
-      ema: decay of an exponential moving average of the parameters, which is then what `evaluate` looks at; None: off.
+      accumulate: number of micro-batches in which a batch is walked; same gradients, less memory.
+      ema: decay of an exponential moving average of the parameters, which `evaluate` then looks at; None: no average.
       eval_batch_size: examples per evaluation step; None: batch_size.
       keep_latest, keep_best: checkpoints to keep: the newest ones, and the best by `best_metric`.
       best_metric, best_mode: the evaluation metric that ranks checkpoints, and whether "min" or "max" is better.
-      writers: of logged scalars in the workdir, among "jsonl", "csv", "tensorboard".
+      writers: the formats in which scalars are logged in the workdir, among "jsonl", "csv", "tensorboard".
       progress: whether to print progress; None: yes, on process 0.
+      compilation_cache: where JAX keeps compiled programs during `fit`, so that a repeated or resumed run starts
+        without compiling again. True: in the workdir's folder `compiled`, which may be deleted at any time; without a
+        workdir, or where you have configured a cache of JAX's own (JAX_COMPILATION_CACHE_DIR), nothing is changed. A
+        path: in that folder, which several runs may share. False or None: nowhere.
     """
 
     steps: int
@@ -58,6 +62,7 @@ class TrainerConfig:
     best_mode: str = "min"
     writers: Sequence[str] = ("jsonl",)
     progress: bool | None = None
+    compilation_cache: str | os.PathLike | bool | None = True
 
     def __post_init__(self):
         name = "TrainerConfig({})".format
@@ -77,6 +82,11 @@ class TrainerConfig:
             _checks.one_of(name("writers"), writer, WRITERS)
         if not isinstance(self.workdir, str | os.PathLike | None):
             raise TypeError(f"{name('workdir')} should be a path or None, not {type(self.workdir).__name__}.")
+        if not isinstance(self.compilation_cache, str | os.PathLike | bool | None):
+            raise TypeError(
+                f"{name('compilation_cache')} should be True, False, a path or None, not "
+                f"{type(self.compilation_cache).__name__}."
+            )
         if not isinstance(self.mesh, Mapping):
             raise TypeError(
                 f"{name('mesh')} should be a dict of axes and sizes, such as {{'data': -1}}, not {self.mesh!r}."

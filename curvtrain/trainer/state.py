@@ -1,26 +1,29 @@
-"""The one pytree that a run is: everything that a step changes and a checkpoint holds."""
+"""The training state: one pytree that holds everything that a step changes and a checkpoint keeps."""
 
 import dataclasses
 from typing import Any
 
 import jax
 
-PyTree = Any  # shapes, specs and shardings come in the same container
+from curvtrain.objective import Objective
+
+PyTree = Any  # arrays, shapes, specs and shardings come in the same container
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """State after `step` optimizer steps.
+    """The state of a run after `step` optimizer steps.
 
     Attributes:
       step: int32 ().
-      params: nested dict of arrays in the module's own structure.
+      params: the trained parameters, a nested dict of arrays in the module's own structure.
       model_state: the module's other state (batch statistics), a nested dict.
-      opt_state: of the optimizer.
-      curvature: what the estimator maintains, or None.
+      opt_state: the optimizer's state.
+      curvature: the curvature that the estimator maintains, or None.
       ema: the averaged parameters, or None.
       key: the run's random key; step t uses fold_in(key, t), so it never changes.
+      frozen: the parameters that `Trainer(trainable)` leaves as they are, a nested dict; None where all are trained.
     """
 
     step: Any
@@ -30,3 +33,20 @@ class TrainState:
     curvature: PyTree
     ema: PyTree
     key: Any
+    frozen: PyTree = None
+
+    def at(self, objective: Objective) -> Objective:
+        """The objective at this state: with its model state and its frozen parameters."""
+        return objective.with_state(self.model_state).with_frozen(self.frozen)
+
+    # -- as a pytree -----------------------------------------------------------------------------------------------
+
+    def tree_flatten_with_keys(self):
+        """The fields by name, without `frozen` where all parameters are trained, so checkpoints lack it too."""
+        names = tuple(f.name for f in dataclasses.fields(self) if f.name != "frozen" or self.frozen is not None)
+        return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], names
+
+    @classmethod
+    def tree_unflatten(cls, names, values):
+        """The state with these fields."""
+        return cls(**dict(zip(names, values, strict=True)))

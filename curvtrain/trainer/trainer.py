@@ -3,7 +3,7 @@
 import abc
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,30 @@ from curvtrain import _checks
 from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
 from curvtrain.losses import Loss
 from curvtrain.objective import Objective
-from curvtrain.trainer import distributed
-from curvtrain.trainer.checkpoint import read_params
 from curvtrain.trainer.config import TrainerConfig
-from curvtrain.trainer.hooks import Hook
-from curvtrain.trainer.loop import FitResult, Loop, evaluate
-from curvtrain.trainer.metrics import Mean
-from curvtrain.trainer.plan import Plan, Task
-from curvtrain.trainer.report import DryRun
+from curvtrain.trainer.disk.reading import read_params
+from curvtrain.trainer.live import Run
+from curvtrain.trainer.mesh import distributed
+from curvtrain.trainer.run.evaluation import evaluate
+from curvtrain.trainer.run.layout import Task
+from curvtrain.trainer.run.loop import Loop
+from curvtrain.trainer.run.plan import Plan
+from curvtrain.trainer.run.results import FitResult
 from curvtrain.trainer.state import TrainState
+from curvtrain.trainer.watch.hooks import Hook
+from curvtrain.trainer.watch.metrics import Mean
+from curvtrain.trainer.watch.report import DryRun
+
+
+@runtime_checkable
+class _Optimizer(Protocol):
+    """The two functions of an optax transformation, and the two methods of `optax.MultiSteps`."""
+
+    @property
+    def init(self) -> Any: ...
+
+    @property
+    def update(self) -> Any: ...
 
 
 class Trainer(abc.ABC):
@@ -32,14 +47,20 @@ class Trainer(abc.ABC):
     like, `metrics`. Nothing else is meant to be overridden.
 
     Args:
-      config: what the run is.
-      train_data: a dict of numpy arrays with one row per example, or a grain dataset whose elements are batches.
+      config: the options of the run.
+      train_data: a dict of numpy arrays with one row per example, whose values may be such dicts again, or a grain
+        dataset whose elements are batches, dicts of that kind.
       eval_data: likewise (a grain dataset should be finite); None evaluates nothing.
       optimizer: any optax transformation. Its update gets the extra arguments `curvature`, `objective`, `batch`,
         `key`, `value`, `grad` and `value_fn`.
-      curvature: what estimates the curvature, or None.
-      schedule: when it does.
+      curvature: the estimator of the curvature that the optimizer takes, or None.
+      schedule: when it updates and refreshes; None is `CurvatureSchedule()`, which refreshes as often as the optimizer
+        adapts its damping.
       hooks: called between steps.
+      trainable: an NNX filter of the parameters (`nnx.Param`s) that are trained: a class, such as `nnx.LoRAParam`, a
+        predicate (path, variable) -> bool, such as `nnx.PathContains("head")`, or a combination of them. The others
+        are frozen: sharded and checkpointed, but in no gradient, optimizer state, average or curvature. Other state
+        (batch statistics) is no parameter and changes as the model changes it.
 
     One of several processes (of `python -m curvtrain.launch`, SLURM, Open MPI, ...) joins the others here, see
     `curvtrain.trainer.distributed`.
@@ -60,16 +81,13 @@ class Trainer(abc.ABC):
         curvature: CurvatureEstimator | None = None,
         schedule: CurvatureSchedule | None = None,
         hooks: Sequence[Hook] = (),
+        trainable: Any = nnx.Param,
     ):
         name = type(self).__name__
         if not isinstance(config, TrainerConfig):
             raise TypeError(f"{name}(config) should be a TrainerConfig, not {type(config).__name__}.")
-        if not isinstance(getattr(self, "loss", None), Loss):
-            found = repr(getattr(self, "loss", "absent"))
-            raise TypeError(
-                f"{name}.loss should be a curvtrain.losses.Loss, such as losses.SoftmaxCrossEntropy(), and is {found}."
-            )
-        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        _check_loss(self)
+        if not isinstance(optimizer, _Optimizer):
             raise TypeError(f"{name}(optimizer) should be an optax transformation, not {type(optimizer).__name__}.")
         if curvature is not None and not isinstance(curvature, CurvatureEstimator):
             raise TypeError(f"{name}(curvature) should be a CurvatureEstimator, not {type(curvature).__name__}.")
@@ -83,35 +101,35 @@ class Trainer(abc.ABC):
             if not isinstance(hook, Hook):
                 raise TypeError(f"{name}(hooks) should be Hooks, not {type(hook).__name__}; see hooks.Call.")
             _checks.positive_int(f"{name}(hooks): {type(hook).__name__}.every", hook.every)
+        _check_filter(f"{name}(trainable)", trainable)
         distributed.start()
         self.config = config
         self._eval_data, self._hooks = eval_data, tuple(hooks)
-        task = Task(name, self.build_model, self.predict, self.loss, self._metrics)
+        task = Task(name, self.build_model, self.predict, self.loss, self._metrics, trainable)
         self._plan = Plan(config, task, train_data, optimizer, curvature, schedule or CurvatureSchedule())
         if eval_data is not None:
             self._plan.check_eval_data(eval_data)
-        self._state: TrainState | None = None
-        self._positions: Any = None
+        self._run = Run(self._plan.layout.initial_state, self._plan.streams())
 
-    # -- what subclasses say ---------------------------------------------------------------------------------------
+    # -- for subclasses --------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def build_model(self, rngs: nnx.Rngs) -> nnx.Module:
-        """The model. It is called under jit, so that every parameter is born where it lives."""
+        """Makes the model. It is called under jit, so that every parameter is born where it lives."""
 
     @abc.abstractmethod
     def predict(self, model: Any, batch: Any) -> Any:
-        """The outputs of the model for a batch, which the loss understands."""
+        """Returns the outputs of the model for a batch, in the form that the loss takes."""
 
     def metrics(self, outputs: Any, batch: Any) -> Mapping[str, Any]:
-        """By name, one value per example, shape (batch,) or (batch, time), or a `clu.metrics.Metric`.
+        """Returns, by name, one value per example, shape (batch,) or (batch, time), or a `clu.metrics.Metric`.
 
-        Means are weighted by the batch's `mask` and `weights`. The loss is always reported as "loss". Default: what
-        the loss reports of itself (accuracy, for classes).
+        Means are weighted by the batch's `mask` and `weights`. The loss is always reported as "loss". The default is
+        the loss's own metrics (accuracy, for classes).
         """
         return self.loss.metrics(outputs, batch)
 
-    # -- what users call -------------------------------------------------------------------------------------------
+    # -- for users -------------------------------------------------------------------------------------------------
 
     def fit(self) -> FitResult:
         """Trains to `config.steps`, from the newest checkpoint if the workdir holds one.
@@ -123,22 +141,18 @@ class Trainer(abc.ABC):
           The last metrics, the history of this call, and why it ended.
 
         Raises:
-          checkpoint.Mismatch: the workdir holds another run.
-          workdir.WorkdirInUse: another job trains in the workdir.
-          loop.Diverged: the loss or the parameters are not finite.
-          loop.Preempted: SIGTERM came; the run is saved. A SystemExit with status 0.
+          trainer.Mismatch: the workdir holds another run.
+          trainer.CheckpointError: no checkpoint can be read, or the last one could not be written.
+          trainer.WorkdirInUse: another job trains in the workdir.
+          trainer.Diverged: the loss or the parameters are not finite.
+          trainer.Preempted: SIGTERM came; the run is saved. It is a SystemExit with status 0.
         """
-        loop = Loop(self._plan, self._eval_data, self._hooks, self._state, self._positions)
-        try:
-            return loop.run()
-        finally:
-            self._state, self._positions = loop.state, loop.positions
+        return Loop(self._plan, self._run, self._eval_data, self._hooks).run()
 
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Metrics by name over all of `data` (default: the eval_data), exact over a ragged last batch.
 
-        It looks at the current state: after `fit`, the trained one (with `config.ema`, the averaged parameters);
-        before, the initial one.
+        It looks at the current state, as `state` does; with `config.ema`, at the averaged parameters.
         """
         data = self._eval_data if data is None else data
         if data is None:
@@ -150,42 +164,46 @@ class Trainer(abc.ABC):
 
     @property
     def state(self) -> TrainState:
-        """The training state: step, params, model_state, opt_state, curvature, ema, key."""
-        if self._state is None:
-            self._state = self._plan.initial_state()
-        return self._state
+        """The training state: step, params, model_state, opt_state, curvature, ema, key, frozen.
+
+        Before `fit` it is the initial one, and while a run is going on, from hooks too, that of the step that was just
+        done. The next step donates its buffers.
+        """
+        return self._run.state
 
     @property
     def objective(self) -> Objective:
         """The objective at the current state, for products and estimators outside of training."""
-        return self._plan.objective.with_state(self.state.model_state)
+        return self.state.at(self._plan.layout.objective)
 
     @property
     def model(self) -> nnx.Module:
         """The model with the current parameters and state, in evaluation mode; a copy that training leaves alone."""
-        return self._module(self.state.params, self.state.model_state)
+        return self._module(self.state.params, self.state.frozen, self.state.model_state)
 
     @property
     def ema_model(self) -> nnx.Module:
         """The model with the averaged parameters; needs `config.ema`."""
         if self.state.ema is None:
             raise ValueError("ema_model needs TrainerConfig(ema=...), which is None.")
-        return self._module(self.state.ema, self.state.model_state)
+        return self._module(self.state.ema, self.state.frozen, self.state.model_state)
 
     def load_model(self, workdir: str | os.PathLike | None = None, step: int | None = None) -> nnx.Module:
         """The model of a checkpoint, for inference, in evaluation mode: the newest one, or that of `step`.
 
         Args:
-          workdir: of the run; None is the config's.
-          step: which checkpoint. With `config.ema`, the averaged parameters are read.
+          workdir: the run's folder; None is the config's.
+          step: the checkpoint's step. With `config.ema`, the averaged parameters are read.
         """
         workdir = self.config.workdir if workdir is None else workdir
         if workdir is None:
             raise ValueError("load_model(workdir): there is none, and TrainerConfig(workdir) is None.")
-        params = "params" if self.config.ema is None else "ema"
-        target = {name: getattr(self._plan.state, name) for name in (params, "model_state")}
+        state, averaged = self._plan.layout.state, self.config.ema is not None
+        target = {"model_state": state.model_state, **({"ema": state.ema} if averaged else {"params": state.params})}
+        if state.frozen is not None:
+            target["frozen"] = state.frozen
         _, parts = read_params(workdir, target, step)
-        return self._module(parts[params], parts["model_state"])
+        return self._module(parts["ema" if averaged else "params"], parts.get("frozen"), parts["model_state"])
 
     def dry_run(self) -> DryRun:
         """Memory and FLOPs of each program and bytes of the state, without allocating any of it. Print it."""
@@ -199,8 +217,30 @@ class Trainer(abc.ABC):
             raise TypeError(f"{type(self).__name__}.metrics should return a dict, not {type(values).__name__}.")
         return {**values, "loss": Mean.of(self.loss.values(outputs, batch), self.loss.weights(outputs, batch))}
 
-    def _module(self, params: Any, model_state: Any) -> nnx.Module:
-        # copies, for the next step donates the state; in the parameters' dtypes, which an average does not have
-        params = jax.tree.map(lambda a, p: jnp.array(a, p.dtype), params, self._plan.state.params)
-        model_state = jax.tree.map(jnp.array, model_state)
-        return self._plan.objective.with_state(model_state).evaluation().module(params)
+    def _module(self, params: Any, frozen: Any, model_state: Any) -> nnx.Module:
+        # Copies, because the next step donates the state; in the parameters' dtypes, which an average does not have.
+        layout = self._plan.layout
+        params = jax.tree.map(lambda a, p: jnp.array(a, p.dtype), params, layout.state.params)
+        frozen, model_state = jax.tree.map(jnp.array, (frozen, model_state))
+        return layout.objective.with_state(model_state).with_frozen(frozen).evaluation().module(params)
+
+
+def _check_loss(trainer: Trainer) -> None:
+    try:
+        loss = trainer.loss
+    except AttributeError:
+        loss = None
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"{type(trainer).__name__}.loss should be a curvtrain.losses.Loss, such as losses.SoftmaxCrossEntropy(), "
+            f"and is {'absent' if loss is None else repr(loss)}."
+        )
+
+
+def _check_filter(argument: str, trainable: Any) -> None:
+    try:
+        nnx.All(trainable)
+    except (TypeError, ValueError):  # the second, of NNX's own message
+        raise TypeError(
+            f"{argument} should be an NNX filter, such as nnx.LoRAParam or nnx.PathContains('head'), not {trainable!r}."
+        ) from None

@@ -6,6 +6,8 @@ Both map tokens int (batch, time) to logits (batch, time, vocabulary), at least 
 negative one counts from the end.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -111,10 +113,11 @@ class Transformer(nnx.Module):
         positions = jnp.broadcast_to(jnp.arange(time), tokens.shape)
         x = self.dropout(self.embed(tokens) + self.position(positions))
         run = nnx.remat(_run_block) if self.remat else _run_block
+        blocks: Any = self.blocks  # a list of them, where they are not scanned
         if self.scan:
-            x = nnx.scan(run, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blocks, x)
+            x = nnx.scan(run, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(blocks, x)
         else:
-            for block in self.blocks:
+            for block in blocks:
                 x = run(block, x)
         return _logits(self.head(self.norm(x)))
 

@@ -154,10 +154,10 @@ def run(options: RunOptions, rates: Mapping[str, float | None], make_trainer: Ma
     Returns:
       The results by optimizer.
     """
-    names = [options.optimizer]
+    names: list[str] = [options.optimizer]
     if options.compare and (options.optimizer in LAYERWISE or options.optimizer.startswith("fosi_")):
         names.append("adamw" if options.optimizer in LAYERWISE else options.optimizer.removeprefix("fosi_"))
-    results = {}
+    results: dict[str, FitResult] = {}
     for name in names:
         rate = rates.get(name) if options.learning_rate is None or name != options.optimizer else options.learning_rate
         trainer = make_trainer(options.config(name), **second_order(options, name, rate))
@@ -177,7 +177,7 @@ def second_order(options: RunOptions, name: str, rate: Any) -> dict[str, Any]:
     if rate is not None and options.decay == "cosine":
         rate = optax.cosine_decay_schedule(rate, options.steps)
     if name == "kfac":
-        given = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
+        given: dict[str, Any] = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
         every = options.refresh_every or 5
         return dict(
             optimizer=optim.kfac(

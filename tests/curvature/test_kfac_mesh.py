@@ -18,9 +18,9 @@ from curvtrain.curvature import KFAC, stacks
 from curvtrain.curvature.kfac import owners
 from curvtrain.curvature.mesh import axes_for
 from curvtrain.objective import Objective
-from curvtrain.trainer import sharding
-from curvtrain.trainer.checkpoint import Mismatch
-from curvtrain.trainer.report import collectives
+from curvtrain.trainer import Mismatch
+from curvtrain.trainer.mesh import sharding
+from curvtrain.trainer.watch.report import collectives
 from tests.trainer import tiny
 
 N, D, LAYERS = 16, 6, 16

@@ -20,7 +20,7 @@ LAUNCHER = (sys.executable, "-m", "curvtrain.launch", "--processes", "2", "--dev
 
 
 def environment(cache, devices=4):
-    """For processes that start and compile fast; `devices` where there is no launcher."""
+    """The environment of processes that start and compile fast; `devices` where there is no launcher."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]),
@@ -77,7 +77,7 @@ class Life:
             assert self.read(1), self.text
 
     def pid(self, index):
-        """Of one of the launcher's processes, by its environment."""
+        """The process number of one of the launcher's processes, found by its environment."""
         for folder in Path("/proc").iterdir():
             try:
                 told = (folder / "environ").read_bytes().split(b"\0")

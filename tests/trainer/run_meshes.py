@@ -21,10 +21,10 @@ import curvtrain
 from curvtrain import losses, optim
 from curvtrain.curvature import Lanczos
 from curvtrain.curvature import mesh as curvature_mesh
-from curvtrain.trainer import distributed, sharding
-from curvtrain.trainer.checkpoint import Checkpoints
 from curvtrain.trainer.data import CURVATURE, TRAIN, ArrayData, own_positions
-from curvtrain.trainer.sharding import path_name
+from curvtrain.trainer.disk.checkpoint import Checkpoints
+from curvtrain.trainer.mesh import distributed, sharding
+from curvtrain.trainer.mesh.sharding import path_name
 
 sys.path.append(str(Path(__file__).parents[1]))  # as a program
 from cases import CASES
@@ -100,7 +100,7 @@ def split_all():
 
 
 def history(result):
-    """Of every step (which it ended, its loss, what tells its batch)."""
+    """Rows of every step: (its number, its loss, the mean that identifies its batch)."""
     return np.array([(row["step"], row["train/loss"], row["train/order"]) for row in result.history])
 
 
@@ -121,19 +121,19 @@ def assert_same_bits(pieces, whole):
 def assert_planned(trainer, state):
     """Every leaf is where the trainer's plan has it."""
     there = lambda a, s: isinstance(a.sharding, NamedSharding) and a.sharding.is_equivalent_to(s, a.ndim)
-    assert all(jax.tree.leaves(jax.tree.map(there, state, trainer._plan.layout)))
+    assert all(jax.tree.leaves(jax.tree.map(there, state, trainer._plan.layout.shardings)))
 
 
 def assert_opens(trainer, whole):
     """The checkpoint in the workdir is, bit by bit, these arrays, and the next batches are those that were due."""
     plan = trainer._plan
     with Checkpoints(trainer.config) as checkpoints:
-        state, meta = checkpoints.restore(plan.state, plan.description())
+        state, meta = checkpoints.restore(plan.layout.state, plan.description())
     assert_planned(trainer, state)
     assert_same_bits(shards(state), whole)
     shard, count = sharding.process_rows(plan.mesh)
     positions, due = own_positions(meta["positions"]), ArrayData(data(), BATCH, plan.config.seed)
-    refreshed = sum(plan.kind(step).refresh for step in range(SAVED))
+    refreshed = sum(plan.programs.kind(step).refresh for step in range(SAVED))
     for stream, kind, drawn, multiple in ((TRAIN, "train", SAVED, 1), (CURVATURE, "curvature", refreshed, 2)):
         here, there = plan.data.iterator(stream, multiple), due.iterator(stream, multiple)
         here.set_state(positions[kind])
@@ -144,7 +144,7 @@ def assert_opens(trainer, whole):
 
 
 def main(folder, steps):
-    """Of each case, so many steps from the start, saved; and the checkpoint that is in its folder, on another mesh.
+    """Trains each case from the start for its number of steps, and opens the checkpoint in its folder on another mesh.
 
     Of those that take all steps, ON more from that checkpoint.
     """

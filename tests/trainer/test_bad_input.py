@@ -1,4 +1,6 @@
-"""What a user may get wrong is said at once: by its name, with what came and what to do, before any cost."""
+"""Mistakes are reported at once, before any cost: with the argument's name, the value, and what to do."""
+
+import functools
 
 import grain
 import jax
@@ -10,9 +12,10 @@ from jax.sharding import PartitionSpec as P
 from tiny import CLASSES, FEATURES, Classifier, Counting, Mlp, examples, trainer
 
 from curvtrain import CurvatureSchedule, Objective, losses, optim
-from curvtrain.curvature import Lanczos
+from curvtrain.curvature import KFAC, PSGD, DiagonalFisher, Lanczos
 from curvtrain.trainer import EarlyStopping
-from curvtrain.trainer.plan import Plan
+from curvtrain.trainer.run.layout import Layout
+from curvtrain.trainer.run.programs import Programs
 
 
 @pytest.fixture
@@ -22,8 +25,8 @@ def untouched(tmp_path, monkeypatch):
     def refuse(*_):
         raise AssertionError("compiled")
 
-    monkeypatch.setattr(Plan, "step_program", refuse)
-    monkeypatch.setattr(Plan, "initial_state", refuse)
+    monkeypatch.setattr(Programs, "step", refuse)
+    monkeypatch.setattr(Layout, "initial_state", refuse)
     workdir = tmp_path / "run"
     arrays = len(jax.live_arrays())
     yield workdir
@@ -60,6 +63,11 @@ CONFIG = {
         dict(writers="jsonl"),
         TypeError,
         r"TrainerConfig\(writers\) should be a list of names, such as \['js",
+    ),
+    "compilation_cache": (
+        dict(compilation_cache=3),
+        TypeError,
+        r"TrainerConfig\(compilation_cache\) should be True, False, a path or None, not int",
     ),
     "sharding": (dict(sharding="fdsp"), ValueError, r"TrainerConfig\(sharding\) .* not 'fdsp'. Did you mean 'fsdp'\?"),
     "sharding, none": (
@@ -240,6 +248,16 @@ PARTS = {
         ValueError,
         r"the rules \['krenel'\] match no parameter.*'inner/kernel'",
     ),
+    "nothing is trainable": (
+        dict(trainable=nnx.LoRAParam),
+        ValueError,
+        r"Classifier\(trainable=<class '.*LoRAParam'>\) matches no parameter.*'inner/bias', 'inner/kernel'.*nnx\.PathC",
+    ),
+    "no filter": (
+        dict(trainable=3),
+        TypeError,
+        r"Classifier\(trainable\) should be an NNX filter, such as nnx\.LoRAParam .* not 3",
+    ),
     "uneven rule": (
         dict(sharding=[("inner/kernel", P("data"))]),
         ValueError,
@@ -281,18 +299,52 @@ def test_the_loss_is_a_loss(loss, untouched, monkeypatch):
         trainer(workdir=untouched)
 
 
-# -- what shows when the step is traced: still before anything is compiled or written ----------------------------------
+# -- optimizers and estimators that do not go together -----------------------------------------------------------------
 
 
-def test_an_optimizer_without_its_curvature(untouched):
-    advice = r"fosi\.update\(\) needs a curvature.*give the Trainer curvature=curvature\.Lanczos\(k\)"
-    with pytest.raises(TypeError, match=advice):
-        trainer(workdir=untouched, optimizer=optim.fosi(optax.adam(1e-3))).fit()
+def by_label(tx, wanted):
+    """`tx` for the leaves whose path ends in `wanted`, gradient descent for the others."""
+    label = lambda path, _: "second" if path[-1].key == wanted else "sgd"
+    labels = functools.partial(jax.tree_util.tree_map_with_path, label)
+    return optax.multi_transform({"second": tx, "sgd": optax.sgd(0.1)}, labels)
 
 
-def test_an_optimizer_with_another_curvature(untouched):
-    with pytest.raises(TypeError, match=r"fosi\.update\(curvature=\) should be Eigenpairs, not Counts"):
-        trainer(workdir=untouched, optimizer=optim.fosi(optax.adam(1e-3)), curvature=Counting()).fit()
+TAKES = r"takes {}.*, and Classifier\(curvature\) "
+FOSI, KFAC_TX, PSGD_TX = lambda: optim.fosi(optax.sgd(0.1)), optim.kfac, lambda: optim.psgd(1e-2)
+PAIRS = {
+    "fosi alone": (FOSI, None, rf"optim\.fosi {TAKES.format('Eigenpairs')}is None\. Give it an estimator"),
+    "fosi, KFAC": (FOSI, KFAC(), rf"optim\.fosi {TAKES.format('Eigenpairs')}estimates KroneckerFactors"),
+    "fosi, PSGD": (FOSI, PSGD(), rf"optim\.fosi {TAKES.format('Eigenpairs')}estimates FittedPreconditioner"),
+    "kfac, PSGD": (KFAC_TX, PSGD(), rf"optim\.kfac {TAKES.format('a Curvature')}estimates FittedPreconditioner"),
+    "psgd, KFAC": (PSGD_TX, KFAC(), rf"optim\.psgd {TAKES.format('a FittedPreconditioner')}estimates Kron"),
+    "psgd, Lanczos": (PSGD_TX, Lanczos(k=2), rf"optim\.psgd {TAKES.format('a FittedPrec')}estimates Eigenpairs"),
+    "inside a chain": (
+        lambda: optax.chain(optax.clip(1.0), FOSI()),
+        Counting(),
+        rf"optim\.fosi {TAKES.format('Eigenpairs')}estimates Counts",
+    ),
+    "inside multi_transform": (
+        lambda: by_label(FOSI(), "kernel"),
+        DiagonalFisher(),
+        rf"optim\.fosi {TAKES.format('Eigenpairs')}estimates Diagonal",
+    ),
+    "no parameters left": (
+        lambda: by_label(FOSI(), "none"),
+        Lanczos(k=2),
+        r"optim\.fosi is given no parameters: a mask",
+    ),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "estimator", "message"), PAIRS.values(), ids=PAIRS.keys())
+def test_a_pair_that_does_not_go_together_is_refused_when_the_trainer_is_built(
+    optimizer, estimator, message, untouched
+):
+    with pytest.raises((TypeError, ValueError), match=message):
+        trainer(workdir=untouched, optimizer=optimizer(), curvature=estimator)
+
+
+# -- errors of the lowered step: still before anything is compiled or written ------------------------------------------
 
 
 def test_labels_of_another_shape(untouched):

@@ -15,6 +15,7 @@ from curvtrain.trainer.data import (
     checksum,
     eval_batches,
     make_train_data,
+    map_arrays,
     own_positions,
     rows_checksum,
     saved_positions,
@@ -244,6 +245,81 @@ def test_make_train_data():
     assert isinstance(make_train_data(singles(8).repeat().batch(4), 4, 0), GrainData)
     with pytest.raises(TypeError, match=r"train_data should be a dict of numpy arrays or a grain dataset.*not list"):
         make_train_data([1, 2], 4, 0)
+
+
+# -- nested batches ----------------------------------------------------------------------------------------------------
+
+
+def pair_of_images(n):
+    """Two images and a label, the images in a dict of their own."""
+    left = np.arange(n, dtype=np.float32)
+    return {"image": {"left": left, "deep": {"right": 2 * left}}, "label": np.arange(n) % 3}
+
+
+def flat(batch):
+    return {"left": batch["image"]["left"], "right": batch["image"]["deep"]["right"], "label": batch["label"]}
+
+
+def test_a_nested_batch_is_shuffled_like_a_flat_one():
+    nested, plain = ArrayData(pair_of_images(20), 8, seed=1), ArrayData(flat(pair_of_images(20)), 8, seed=1)
+    for ours, theirs in zip(take(nested.iterator(), 6), take(plain.iterator(), 6), strict=True):
+        assert same(flat(ours), theirs)
+    share = next(ArrayData(pair_of_images(20), 8, 1, shard=1, shards=2).iterator())
+    assert same(flat(share), {name: a[4:] for name, a in next(plain.iterator()).items()})
+
+
+def test_nested_batches_of_grain():
+    elements = [map_arrays(lambda a, i=i: a[i], pair_of_images(12)) for i in range(12)]
+    source = dataset(elements).repeat().batch(4, drop_remainder=True)
+    data = GrainData(source, 4)
+    first, second = take(data.iterator(), 2)
+    np.testing.assert_array_equal(first["image"]["deep"]["right"], [0, 2, 4, 6])
+    np.testing.assert_array_equal(second["image"]["left"], [4, 5, 6, 7])
+    wide = next(data.iterator(CURVATURE, 2))
+    assert wide["image"]["left"].shape == (8,)
+    assert data.description() != GrainData(dataset(elements).seed(1).shuffle().repeat().batch(4), 4).description()
+
+
+@pytest.mark.parametrize("kind", ["arrays", "grain"])
+def test_nested_batches_are_evaluated(kind):
+    arrays = pair_of_images(11)
+    elements = [map_arrays(lambda a, i=i: a[i], arrays) for i in range(11)]
+    batches = list(eval_batches(arrays if kind == "arrays" else dataset(elements).batch(3), 4))
+    assert [int(batch["mask"].sum()) for batch in batches] == [4, 4, 3] and set(batches[0]["image"]) == {"left", "deep"}
+    right = np.concatenate([batch["image"]["deep"]["right"][batch["mask"]] for batch in batches])
+    np.testing.assert_array_equal(right, arrays["image"]["deep"]["right"])
+
+
+def test_fingerprints_of_nested_batches():
+    batch = pair_of_images(4)
+    assert checksum(batch) == checksum(dict(reversed(batch.items())))
+    moved = {"image": {"left": batch["image"]["deep"]["right"], "deep": {"right": batch["image"]["left"]}}}
+    assert len({checksum(batch), checksum({**batch, **moved}), checksum(flat(batch))}) == 3
+    swapped = map_arrays(lambda a: a[::-1], batch)
+    assert rows_checksum(batch) == rows_checksum(swapped) and checksum(batch) != checksum(swapped)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"image": {"left": 3.0}},
+            TypeError,
+            r"train_data\['image/left'\] should be an array of numb.*it is a scalar",
+        ),
+        ({"image": {"left": ["a"] * 4}}, TypeError, r"train_data\['image/left'\].*of type <U1"),
+        (
+            {"image": {"left": np.zeros(3)}},
+            ValueError,
+            r"The arrays of train_data should have one length.*'image/left': 3, 'label': 4",
+        ),
+        ({"image": {}, "label": {}}, ValueError, r"train_data has no examples"),
+    ],
+    ids=["scalar", "text", "unequal", "nothing"],
+)
+def test_errors_name_paths(change, error, message):
+    with pytest.raises(error, match=message):
+        check_arrays("train_data", pair_of_images(4) | change)
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------

@@ -12,15 +12,17 @@ from tiny import examples, trainer
 
 from curvtrain._text import human_bytes, table
 from curvtrain.trainer import Call, EarlyStopping, Hook, Profiler, Run, read_jsonl
-from curvtrain.trainer.progress import Clock, duration
-from curvtrain.trainer.writers import Csv, JsonLines, TensorBoard, open_writers
+from curvtrain.trainer.watch.progress import Clock, duration
+from curvtrain.trainer.watch.writers import Csv, JsonLines, TensorBoard, open_writers
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def view(written=None):
     """A run without a loop."""
-    return Run(lambda step, scalars: (written if written is not None else []).append((step, scalars)), print)
+    run = Run(lambda: None, None)
+    run.begin(lambda step, scalars: (written if written is not None else []).append((step, scalars)), print)
+    return run
 
 
 class Recording(Hook):
@@ -315,7 +317,7 @@ def test_durations_bytes_and_tables():
 
 def test_a_clock_does_not_count_pauses(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("curvtrain.trainer.progress.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("curvtrain.trainer.watch.progress.time.perf_counter", lambda: now[0])
     clock = Clock()
     now[0] += 2
     with clock.pause():

@@ -27,7 +27,7 @@ from tiny import on
 from curvtrain.curvature import Eigenpairs, KroneckerFactors
 from curvtrain.curvature.request import requested_damping, requests
 from curvtrain.trainer import Call
-from curvtrain.trainer.checkpoint import Checkpoints
+from curvtrain.trainer.disk.checkpoint import Checkpoints
 
 CLOSE = dict(rtol=2e-5)  # sums in another order, and 50 steps that amplify their rounding: measured, 3e-6 at most
 RULES = [("inner/kernel", PartitionSpec(None, "tensor")), ("outer/kernel", PartitionSpec("tensor"))]
@@ -151,7 +151,7 @@ def test_a_checkpoint_moves(name, trained, build, tmp_path):
 
 
 def test_two_processes(trained, build, shared, tmp_path):
-    """Of four devices each: the same losses, and checkpoints move there and back.
+    """Two processes of four devices have the same losses, and checkpoints move there and back.
 
     Collectives of eight threads on two cores are slow: all 50 steps are those of some cases, in others a few tell.
     """
@@ -176,6 +176,6 @@ def test_two_processes(trained, build, shared, tmp_path):
             assert_goes_on(told["moved"], whole)
         trainer = build(name, "2 x 4", tmp_path / name / "two")
         with Checkpoints(trainer.config) as checkpoints:
-            state, _ = checkpoints.restore(trainer._plan.state, trainer._plan.description())
+            state, _ = checkpoints.restore(trainer._plan.layout.state, trainer._plan.description())
         for process in (0, 1):
             assert_same_bits(pickle.loads((tmp_path / name / f"{process}.shards").read_bytes()), leaves(state))

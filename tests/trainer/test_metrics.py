@@ -11,7 +11,7 @@ from clu import metrics as clu_metrics
 from tiny import CLASSES, FEATURES, Classifier, Noisy, examples, losses_of, trainer
 
 from curvtrain import losses
-from curvtrain.trainer.metrics import Mean, compute, measure, merge, reduce_pieces
+from curvtrain.trainer.watch.metrics import Mean, compute, measure, merge, reduce_pieces
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

@@ -18,7 +18,8 @@ import pytest
 import run_small
 from jax.sharding import PartitionSpec as P
 
-from curvtrain.trainer import Call, Diverged, EarlyStopping, Preempted, loop, read_jsonl
+from curvtrain.trainer import Call, Diverged, EarlyStopping, Preempted, read_jsonl
+from curvtrain.trainer.run import termination
 
 SCRIPT = Path(__file__).with_name("run_small.py")
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -268,7 +269,7 @@ def test_sigterm_in_the_last_step_leaves_a_finished_run_to_be_evaluated(tmp_path
 
 
 def test_sigterm_while_the_last_checkpoint_is_written_does_not_cut_it_short(tmp_path, monkeypatch):
-    from curvtrain.trainer.checkpoint import Checkpoints
+    from curvtrain.trainer.disk.checkpoint import Checkpoints
 
     leave = Checkpoints.__exit__
 
@@ -294,7 +295,7 @@ def test_the_handler_is_put_back(monkeypatch):
         assert signal.getsignal(signal.SIGTERM) is own
         install = lambda number, handler: installed.append(handler)  # returns None: the one before is not Python's
         installed = []
-        monkeypatch.setattr(loop.signal, "signal", install)
+        monkeypatch.setattr(termination.signal, "signal", install)
         plain(steps=1).fit()
         assert installed[-1] is signal.SIG_DFL
     finally:

@@ -1,4 +1,4 @@
-"""What a device stores and sends when a model of equal layers is spread over eight of them by "fsdp"."""
+"""The bytes that a device stores and sends when a model of equal layers is spread over eight of them by "fsdp"."""
 
 import functools
 
@@ -9,9 +9,10 @@ from flax import nnx
 
 from curvtrain import CurvatureSchedule, TrainerConfig, losses, optim
 from curvtrain.curvature import KFAC, PSGD, Kron, Lanczos, LowRank
-from curvtrain.trainer.plan import Plan, Task
-from curvtrain.trainer.report import ProgramReport, collectives
-from curvtrain.trainer.step import Kind
+from curvtrain.trainer.run.layout import Task
+from curvtrain.trainer.run.plan import Plan
+from curvtrain.trainer.run.step import Kind
+from curvtrain.trainer.watch.report import ProgramReport, collectives
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -57,7 +58,7 @@ def plan_of(name, layers=16, width=64, sharding="fsdp"):
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "Adam"])
 def test_bytes_of_a_device(name):
-    """Of sixteen equal layers, an eighth of all that optimizer and curvature take; nothing large is on every device."""
+    """A device holds an eighth of the state of optimizer and curvature; nothing large is on every device."""
     report = plan_of(name).state_report()
     parts = report["opt_state"], report["curvature"]
     assert sum(part.per_device for part in parts) <= 1.15 / 8 * sum(part.whole for part in parts), f"\n{report}"
@@ -68,7 +69,7 @@ def test_bytes_of_a_device(name):
 def sent(name, kind, **options):
     """(bytes of all collectives of a program, {kind: bytes}, bytes of the parameters, the text); of four layers."""
     plan = plan_of(name, layers=4, width=128, **options)
-    compiled = plan.lower(kind).compile()
+    compiled = plan.programs.lower(kind).compile()
     found = ProgramReport.of(str(kind), compiled).sent
     return sum(found.values()), found, plan.state_report()["params"].whole, compiled.as_text()
 
@@ -89,7 +90,7 @@ def test_an_unscheduled_step_sends_what_adams_does():
 
 
 def test_a_refresh_of_eigenpairs_gathers_weights_alone():
-    """For its products, one at a time; the basis, here 19 times the parameters, stays where it is."""
+    """They are gathered one at a time, for the products; the basis, 19 times the parameters, stays where it is."""
     for sharding, times in (("fsdp", 3), ("replicated", 0)):
         plain = sent("Adam", UNIT, sharding=sharding)[1].get("all-gather", 0)
         _, found, params, text = sent("Lanczos", REFRESH, sharding=sharding)

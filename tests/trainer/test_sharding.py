@@ -1,4 +1,4 @@
-"""Where arrays live. Eight devices; that it does not change what is computed: `test_meshes.py`."""
+"""The placement of arrays on eight devices; `test_meshes.py` shows that it changes no result."""
 
 import collections
 
@@ -12,7 +12,7 @@ from tiny import CLASSES, FEATURES, Mlp, trainer
 
 from curvtrain import optim
 from curvtrain.curvature import Lanczos
-from curvtrain.trainer import sharding
+from curvtrain.trainer.mesh import sharding
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

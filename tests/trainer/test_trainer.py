@@ -2,6 +2,7 @@
 
 import re
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ from flax import nnx
 from tiny import (
     CLASSES,
     FEATURES,
+    Classifier,
     Counting,
     Mlp,
     Noisy,
@@ -21,9 +23,9 @@ from tiny import (
     trainer,
 )
 
-from curvtrain import CurvatureSchedule, losses
+from curvtrain import CurvatureSchedule, losses, optim
 from curvtrain.trainer import Call, Diverged
-from curvtrain.trainer.data import ArrayData
+from curvtrain.trainer.data import ArrayData, map_arrays
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -275,7 +277,7 @@ def test_a_refresh_sees_as_many_examples_as_it_was_given(size, seen):
     ("optimizer", "damping"),
     [
         (optax.chain(optim.scale_by_curvature(0.5), optax.sgd(0.1)), 0.5),
-        (optax.inject_hyperparams(optim.scale_by_curvature)(damping=lambda t: 0.25), 0.25),
+        (optax.inject_hyperparams(optim.scale_by_curvature, "exponent")(damping=lambda t: 0.25), 0.25),
         (optax.sgd(0.1), -1),
     ],
     ids=["constant", "scheduled", "none"],
@@ -388,6 +390,55 @@ def test_a_sequence_model_with_a_mask_and_integer_keys():
     for tree in (run.state.params, run.state.opt_state[0].mu):
         assert tree["layers"][1]["kernel"].sharding.spec == jax.sharding.PartitionSpec("data")
     assert run.model(x).shape == (64, 5, CLASSES)
+
+
+class Two(nnx.Module):
+    """A layer for each of two views of an example."""
+
+    def __init__(self, rngs):
+        self.left, self.right = nnx.Linear(2, 8, rngs=rngs), nnx.Linear(FEATURES - 2, 8, rngs=rngs)
+        self.outer = nnx.Linear(8, CLASSES, rngs=rngs)
+
+    def __call__(self, view):
+        return self.outer(nnx.tanh(self.left(view["left"]) + self.right(view["more"]["right"])))
+
+
+class Views(Classifier):
+    def predict(self, model, batch):
+        return model(batch["view"])
+
+
+def views(arrays):
+    x = arrays["x"]
+    return {"view": {"left": x[:, :2], "more": {"right": x[:, 2:]}}, "label": arrays["label"]}
+
+
+@pytest.mark.parametrize("kind", ["arrays", "grain"])
+def test_nested_batches(kind):
+    data, test = views(examples()), views(examples(20, seed=1))
+    if kind == "grain":
+        rows = [map_arrays(lambda a, i=i: a[i], data) for i in range(64)]
+        data = grain.MapDataset.source(rows).seed(0).shuffle().repeat().batch(16, drop_remainder=True)
+    run = trainer(
+        Views,
+        model=Two,
+        steps=30,
+        train_data=data,
+        eval_data=test,
+        optimizer=optax.adam(3e-2),
+        curvature=Counting(),
+        schedule=CurvatureSchedule(refresh_every=5, batch_size=32),
+        accumulate=2,
+        log_every=1,
+    )
+    before = run.evaluate()["loss"]
+    result = run.fit()
+    assert result.metrics["eval/loss"] < 0.8 * before
+    logits = run.model(test["view"])
+    right = optax.softmax_cross_entropy_with_integer_labels(logits, test["label"]).mean()
+    np.testing.assert_allclose(result.metrics["eval/loss"], right, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"one length.*'view/left': 20, 'view/more/right': 3"):
+        run.evaluate(test | {"view": {"left": test["view"]["left"], "more": {"right": np.zeros((3, 4))}}})
 
 
 def test_parameters_in_half_precision():

@@ -13,12 +13,12 @@ import sys
 import pytest
 
 from curvtrain.trainer import WorkdirInUse
-from curvtrain.trainer.workdir import LOCK, claimed
+from curvtrain.trainer.disk.workdir import LOCK, claimed
 
 HOLD = """
 import os, sys, time, warnings
 from pathlib import Path
-from curvtrain.trainer.workdir import claimed
+from curvtrain.trainer.disk.workdir import claimed
 warnings.simplefilter("ignore")  # jax's, about forks
 with claimed(Path(sys.argv[1])):
     child = os.fork()

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from curvtrain import Trainer, TrainerConfig, losses
 from curvtrain.curvature import Curvature, CurvatureEstimator
-from curvtrain.trainer import sharding
+from curvtrain.trainer.mesh import sharding
 
 FEATURES, CLASSES = 6, 3
 
@@ -63,7 +63,7 @@ class Classifier(Trainer):
         return model(batch["x"])
 
 
-OPTIONS = ("train_data", "eval_data", "optimizer", "curvature", "schedule", "hooks", "model")
+OPTIONS = ("train_data", "eval_data", "optimizer", "curvature", "schedule", "hooks", "trainable", "model")
 
 
 def trainer(kind=Classifier, **options):
@@ -134,7 +134,7 @@ class Counting(CurvatureEstimator[Counts]):
         return dataclasses.replace(
             curvature,
             refreshes=curvature.refreshes + 1,
-            examples=jnp.int32(batch["x"].shape[0]),
+            examples=jnp.int32(jax.tree.leaves(batch)[0].shape[0]),
             damping=jnp.float32(-1 if damping is None else damping),
         )
 

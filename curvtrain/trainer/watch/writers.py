@@ -13,11 +13,11 @@ Scalars = dict[str, float]
 
 
 class Writer(abc.ABC):
-    """Where scalars go. A resumed run writes on: what was logged after the restored step is dropped first."""
+    """A place for scalars. A resumed run writes on; rows that were logged after the restored step are dropped first."""
 
     @abc.abstractmethod
     def write(self, step: int, scalars: Scalars) -> None:
-        """Scalars after `step` steps."""
+        """Writes scalars after `step` steps."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -82,7 +82,7 @@ class TensorBoard(Writer):
 
 
 class Many(Writer):
-    """Several writers as one; none at all is a writer that writes nowhere."""
+    """Several writers as one; without any, it writes nowhere."""
 
     def __init__(self, writers: Sequence[Writer]):
         self._writers = writers

@@ -1,74 +1,39 @@
-"""Hooks: what runs between steps. A hook sees the run after a step and may ask it to stop."""
+"""Hooks: code that is called between steps, looks at the run, and may ask it to stop."""
 
 import abc
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from curvtrain import _checks
-from curvtrain.trainer.state import TrainState
-
-
-class Run:
-    """What a hook sees.
-
-    Attributes:
-      step: optimizer steps done.
-      state: the training state after them. The next step donates its buffers: read it now, keep copies.
-      metrics: the latest logged scalars by name, "train/loss", "eval/accuracy", "curvature/eigenvalue_max", ...
-      logged_at: the step at which each of them was logged.
-      last: whether this is the last call of the run.
-    """
-
-    def __init__(self, write: Callable[[int, dict[str, float]], None], say: Callable[[str], None]):
-        self.step = 0
-        self.state: TrainState | None = None
-        self.metrics: dict[str, float] = {}
-        self.logged_at: dict[str, int] = {}
-        self.last = False
-        self.stop_reason: str | None = None
-        self._write = write
-        self.say = say
-
-    def stop(self, reason: str) -> None:
-        """Ends training after this step; the run is evaluated and saved as at its last step."""
-        self.stop_reason = reason
-
-    def record(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Takes over what was logged at a step; the loop calls it."""
-        self.metrics.update(scalars)
-        self.logged_at.update(dict.fromkeys(scalars, step))
-
-    def write(self, scalars: Mapping[str, float]) -> None:
-        """Logs scalars of the hook's own at this step."""
-        self._write(self.step, {name: float(value) for name, value in scalars.items()})
+from curvtrain.trainer.live import Run as Run
 
 
 class Hook(abc.ABC):
     """Called every `every` steps and once more at the end of the run.
 
-    What a hook must remember over a restart goes into `state_dict`, plain JSON that is part of every checkpoint.
+    The memory that a hook needs after a restart goes into `state_dict`, plain JSON that is part of every checkpoint.
     """
 
     every: int = 1
 
     @abc.abstractmethod
     def __call__(self, run: Run) -> None:
-        """Looks at the run."""
+        """Is called after a step; the Trainer's `state`, `model` and `evaluate` are those of that step too."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the hook remembers, as plain JSON."""
+        """The hook's memory, as plain JSON."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 - a default, not abstract
-        """Takes over what `state_dict` gave."""
+        """Takes over a memory that `state_dict` gave."""
 
     def close(self) -> None:  # noqa: B027 - a default, not abstract
-        """Called when training ends, by an error too."""
+        """Is called when training ends, by an error too."""
 
 
 class Call(Hook):
@@ -83,9 +48,9 @@ class Call(Hook):
 
 
 class EarlyStopping(Hook):
-    """Stops when a logged metric has not improved for `patience` evaluations: times that it was logged.
+    """Stops when a logged metric has not improved for `patience` evaluations, that is, times that it was logged.
 
-    Warns if it is not among what is logged.
+    Warns if the metric is not among the logged ones.
 
     Args:
       metric: its logged name, such as "eval/loss".

@@ -1,4 +1,4 @@
-"""Several processes: who starts `jax.distributed`, from which environment, and how they end and agree.
+"""Several processes of one run: how they find each other, agree on a value, and end together.
 
 | environment | variables |
 |---|---|
@@ -6,8 +6,8 @@
 | SLURM, under `srun` | `SLURM_STEP_NUM_TASKS` (else `SLURM_NTASKS`), `SLURM_PROCID`, ... |
 | Open MPI, under `mpirun` | `OMPI_COMM_WORLD_SIZE`, `OMPI_COMM_WORLD_RANK`, ... |
 
-The first that is there counts. JAX reads the rest itself: the coordinator's address of SLURM and Open MPI 4, which of
-a host's GPUs are whose, and `JAX_LOCAL_DEVICE_IDS` and `JAX_COORDINATOR_BIND_ADDRESS` where they are set.
+The first row whose variables are set counts. JAX reads the rest itself: the coordinator's address of SLURM and Open
+MPI 4, the GPUs of each process of a host, `JAX_LOCAL_DEVICE_IDS` and `JAX_COORDINATOR_BIND_ADDRESS`.
 """
 
 import atexit
@@ -15,11 +15,8 @@ import collections
 import contextlib
 import itertools
 import json
-import opcode
 import os
 import sys
-import threading
-import types
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -28,8 +25,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-_polls = itertools.count(1)  # of this process's life, see `preempted`
-_exit: SystemExit | None = None  # the last that was raised with a status other than 0
+_polls = itertools.count(1)  # numbers the calls of `preempted` over this process's life
+_exits: list[int] = []  # the status of the SystemExit that left `exits_noted`, if one did
 
 
 def start() -> None:
@@ -38,8 +35,9 @@ def start() -> None:
     A Trainer calls it when it is made, so a script needs it only if it uses JAX's devices before that. It may be called
     any number of times, and does nothing where the script itself called `jax.distributed.initialize`.
 
-    From here on an error that nobody catches, and `sys.exit` with a status other than 0, end the process at once:
-    Python's usual end waits for the other processes, which in turn wait for this one.
+    From here on an error that nobody catches ends the process at once, and so does a SystemExit with a status other
+    than 0 that leaves `Trainer.fit`. Python's usual end waits for the other processes, which in turn wait for this one:
+    to end all processes from elsewhere in a script, raise an error; `sys.exit` waits up to five minutes.
 
     Raises:
       ValueError: the variables contradict each other, or some are missing; processes have different numbers of devices.
@@ -65,7 +63,7 @@ def start() -> None:
 
 
 def job_of(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(what says so, number of processes, this one's index) by environment variables; None for a single process."""
+    """(the variable that says so, number of processes, index of this one), by the environment; None for one process."""
     have = lambda name: name in environment
     if have(COUNT) or have(INDEX):
         missing = [name for name in (ADDRESS, COUNT, INDEX) if not have(name)]
@@ -100,10 +98,10 @@ def job_of(environment: Mapping[str, str]) -> tuple[str, int, int] | None:
 
 
 def preempted() -> bool:
-    """Whether SIGTERM came to any process; all processes learn of it in the same call.
+    """Says whether SIGTERM came to any process; all processes learn of it in the same call.
 
     Every process should call it equally often: JAX's service picks, in the background, a call that none of them has
-    made yet. It costs well below a microsecond. Calls are numbered over the life of the process, not by step: the
+    made yet. A call costs well below a microsecond. Calls are numbered over the life of the process, not by step: the
     service compares numbers for equality, so after a resume the step would be past what it picks.
     """
     return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(_polls))
@@ -122,7 +120,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def from_first(act: Callable[[], Any]) -> Any:
-    """What `act` returns on process 0, which alone does it, as plain JSON; an OSError there is raised on all."""
+    """Calls `act` on process 0 alone and returns its result, plain JSON, on all; an OSError there is raised on all."""
     value = error = None
     if jax.process_index() == 0:
         try:
@@ -136,7 +134,7 @@ def from_first(act: Callable[[], Any]) -> Any:
 
 
 def first_problem(problem: str | None) -> str | None:
-    """What all should raise: the problem of the first process that has one, and which one that is."""
+    """The problem of the first process that has one, with that process's index, for all processes to raise alike."""
     problems = gather(problem)
     for index, found in enumerate(problems):
         if found is not None:
@@ -168,7 +166,7 @@ def _integer(environment: Mapping[str, str], name: str) -> int:
 
 
 def _check_devices() -> None:
-    """All of them are known to every process, so all raise the same."""
+    """Raises ValueError unless all processes have equally many devices: every process knows all, so all raise."""
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         raise ValueError(
@@ -179,18 +177,18 @@ def _check_devices() -> None:
 
 @contextlib.contextmanager
 def exits_noted() -> Generator[None]:
-    """Around what the other processes need this one for: however a SystemExit is raised there, it ends it at once."""
-    _note(None)
+    """A SystemExit with a status other than 0 that leaves this context ends the process, when its script ends, at once.
+
+    `fit` is such a context. Python does not tell its exit handlers the status, so it is noted here, and kept until the
+    next such context begins: a script that catches the SystemExit ends with its status too.
+    """
+    _exits.clear()
     try:
         yield
     except SystemExit as end:
-        _note(end)
+        if _status(end):
+            _exits.append(_status(end))
         raise
-
-
-def _note(end: SystemExit | None) -> None:
-    global _exit
-    _exit = end if end is not None and _status(end) else None
 
 
 def _end_at_once_on_errors() -> None:
@@ -203,30 +201,16 @@ def _end_at_once_on_errors() -> None:
         finally:
             _end(130 if issubclass(kind, KeyboardInterrupt) else 1)
 
-    def leave(status=None):
-        end = SystemExit(status)
-        _note(end)
-        raise end
+    def at_exit():
+        if _exits:
+            _end(_exits[-1])
 
-    script = sys._current_frames()[threading.main_thread().ident or 0]
-    while script.f_back is not None:
-        script = script.f_back
-
-    def at_exit():  # Python does not tell it the status
-        if _exit is not None and not _has_returned(script):
-            _end(_status(_exit))
-
-    sys.excepthook, sys.exit = hook, leave
-    atexit.register(at_exit)  # after JAX's, so that it comes before
+    sys.excepthook = hook
+    atexit.register(at_exit)  # Handlers run in reverse order: this one is registered after JAX's, and runs before it.
 
 
 def _status(end: SystemExit) -> int:
     return end.code if isinstance(end.code, int) else int(end.code is not None)
-
-
-def _has_returned(script: types.FrameType) -> bool:
-    """Whether the script, which is at its end, came there by its last line: what was raised on the way was caught."""
-    return opcode.opname[script.f_code.co_code[script.f_lasti]].startswith("RETURN_")
 
 
 def _end(status: int) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: that it can be written, and that one job at a time does."""
+"""The folder of a run: it has to be writable, and one job at a time writes it."""
 
 import contextlib
 import datetime
@@ -10,13 +10,13 @@ import socket
 from collections.abc import Generator
 from pathlib import Path
 
-from curvtrain.trainer import distributed
+from curvtrain.trainer.mesh import distributed
 
 LOCK = ".lock"
 
 log = logging.getLogger("curvtrain")
 
-_held: set[int] = set()  # open files
+_held: set[int] = set()  # the files of the locks that this process holds
 
 
 class WorkdirInUse(RuntimeError):
@@ -44,9 +44,9 @@ def claimed(folder: Path) -> Generator[None]:
 
 
 def _lock(folder: Path, stack: contextlib.ExitStack) -> str | None:
-    """Takes the lock until the stack is left. Returns None, or why it cannot be taken."""
+    """Takes the lock until the stack is left. Returns None, or the reason why it cannot be taken."""
     file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    stack.callback(os.close, file)  # which ends the lock
+    stack.callback(os.close, file)  # closing the file ends the lock
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -54,8 +54,8 @@ def _lock(folder: Path, stack: contextlib.ExitStack) -> str | None:
             f"TrainerConfig(workdir={os.fspath(folder)!r}) is in use by another job{_holder(file)}. "
             f"Choose another workdir, or end that job."
         )
-    except OSError as error:  # of some network file systems
-        log.warning("%s cannot be locked (%s): see to it that no other job uses it.", folder, error)
+    except OSError as error:  # some network file systems have no locks
+        log.warning("%s cannot be locked (%s): make sure that no other job uses it.", folder, error)
         return None
     _held.add(file)
     stack.callback(_held.discard, file)
@@ -76,7 +76,7 @@ def _holder(file: int) -> str:
 
 
 def _unwritable(folder: Path) -> str | None:
-    """Why the folder cannot be written, or None."""
+    """Returns the reason why the folder cannot be written, or None."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".curvtrain-{os.getpid()}"
@@ -88,7 +88,7 @@ def _unwritable(folder: Path) -> str | None:
 
 
 def _leave_to_parent() -> None:
-    """In a forked child (a data worker): an open file would keep the lock when the parent is gone."""
+    """Closes the lock in a forked child (a data worker), where it would outlive the parent."""
     for file in _held:
         os.close(file)
     _held.clear()

@@ -1,4 +1,4 @@
-"""What a run says on the console: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress on the console: a bar with rate and time left on a terminal, plain lines elsewhere."""
 
 import time
 from collections.abc import Mapping
@@ -29,17 +29,17 @@ class ProgressReport:
             self._task = self._bar.add_task("train", total=steps, rate="")
 
     def begin(self, step: int) -> None:
-        """Shows the bar, after so many steps."""
+        """Shows the bar, at this many steps."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """A line of text."""
+        """Prints a line of text."""
         self._console.print(text, markup=False)
 
     def log(self, step: int, scalars: Mapping[str, float], rate: float) -> None:
-        """A line of scalars, with the rate in steps per second and the time left."""
+        """Prints a line of scalars, with the rate in steps per second and the time left."""
         shown = [f"{name} {value:.4g}" for name, value in scalars.items() if name != "steps_per_second"][:MAX_SHOWN]
         left = duration((self._steps - step) / rate) if rate > 0 else "?"
         width = len(str(self._steps))
@@ -58,7 +58,7 @@ class ProgressReport:
 
 
 class Clock:
-    """Seconds of training, without those of compilation, evaluation and saving."""
+    """Counts the seconds of training, without those of compilation, evaluation and saving."""
 
     def __init__(self):
         self._since = time.perf_counter()
@@ -90,7 +90,7 @@ class _Pause:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Formats seconds as 1:02:03 or 2:03."""
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""Where arrays live: the mesh, a PartitionSpec for every leaf of the training state, and the batch's layout."""
+"""The placement of arrays: the mesh, a PartitionSpec for every leaf of the training state, and the batch's layout."""
 
 import itertools
 import re
@@ -50,17 +50,17 @@ def batch_spec(mesh: Mesh) -> PartitionSpec:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many pieces the examples of a batch are split."""
+    """The number of pieces into which the examples of a batch are split."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES if axis in mesh.shape]))
 
 
 def process_rows(mesh: Mesh) -> tuple[int, int]:
-    """(index, count) of the equal pieces of a batch that processes hold: this one's, and how many there are.
+    """Returns (index, count): this process holds piece `index` of the `count` equal pieces of every batch.
 
     Processes that share the "tensor" axis hold the same piece, so there may be fewer pieces than processes.
     """
     pieces = batch_shards(mesh)
-    held: dict[int, set[int]] = {}  # by all processes, so that all raise
+    held: dict[int, set[int]] = {}  # for every process, so that all raise the same error
     for device, index in NamedSharding(mesh, batch_spec(mesh)).devices_indices_map((pieces,)).items():
         held.setdefault(device.process_index, set()).add(index[0].indices(pieces)[0])
     for process, found in sorted(held.items()):
@@ -80,8 +80,8 @@ def param_specs(shapes: PyTree, annotated: PyTree, sharding: str | ShardingRules
 
     Args:
       shapes: the parameters' shapes.
-      annotated: like it, the specs of NNX annotations; an empty PartitionSpec where there is none.
-      sharding: as in `TrainerConfig`.
+      annotated: the specs of NNX annotations, structured like `shapes`; an empty PartitionSpec where there is none.
+      sharding: the option of `TrainerConfig`.
       mesh: the mesh.
 
     Raises:
@@ -117,12 +117,12 @@ def param_specs(shapes: PyTree, annotated: PyTree, sharding: str | ShardingRules
 
 
 def like_params(tree: PyTree, params: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-    """Specs for an optimizer's state, whatever the optimizer.
+    """A PartitionSpec for every leaf of an optimizer's state, whatever the optimizer.
 
-    A leaf belongs to the parameter whose path its own path ends in. It is laid out like the parameter if it is a copy
-    (moments), a stack of copies (the memory of L-BFGS), or what is left of one when axes are summed away (the rows and
-    columns of Adafactor). What else there is (Kronecker factors, flattened copies) is split along its largest axis that
-    divides, where parameters are split at all; a small or odd rest is replicated.
+    A leaf belongs to the parameter whose path its own path ends in. It is laid out like the parameter if it has the
+    parameter's shape (moments), that shape after a leading axis (the memory of L-BFGS), or that shape without some axes
+    (the rows and columns of Adafactor). Other leaves (Kronecker factors, flattened copies) are split along their
+    largest axis that divides, where parameters are split at all; small and odd ones are replicated.
     """
     known = {
         _keys(path): (leaf.shape, spec)
@@ -155,7 +155,7 @@ def named(mesh: Mesh, specs: PyTree) -> PyTree:
 
 
 def is_spec(node: Any) -> bool:
-    """Whether a node of a tree is a PartitionSpec."""
+    """Says whether a node of a tree is a PartitionSpec."""
     return isinstance(node, PartitionSpec)
 
 
@@ -169,9 +169,9 @@ def _keys(path: Any) -> tuple[str, ...]:
 
 
 def _kept(shape: tuple[int, ...], whole: tuple[int, ...], spec: PartitionSpec) -> PartitionSpec | None:
-    """That of the axes of a parameter that are left in a shape; None if it is not what is left of it.
+    """The spec of a shape that is a parameter's `whole` shape without some of its axes; None if it is not.
 
-    Of several ways to read it, as of the rows of a square matrix, the one that splits most.
+    If several choices of axes fit, as for the rows of a square matrix, the one that splits most counts.
     """
     entries = [*spec, *[None] * (len(whole) - len(spec))]
     ways = itertools.combinations(range(len(whole)), len(shape)) if shape else ()
@@ -184,7 +184,7 @@ def _largest_axis(shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     axes = [i for i, length in enumerate(shape) if length % size == 0]
     if not axes or int(np.prod(shape)) < SMALLEST:
         return PartitionSpec()
-    axis = max(axes, key=lambda i: (shape[i], i))  # of equal ones the last: of a kernel, that which its bias has
+    axis = max(axes, key=lambda i: (shape[i], i))  # among equal ones the last: the axis that a kernel's bias has
     return PartitionSpec(*(["fsdp" if i == axis else None for i in range(len(shape))]))
 
 

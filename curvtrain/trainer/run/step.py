@@ -1,8 +1,8 @@
 """The step programs: pure functions of the training state, compiled ahead of time, one per kind of step.
 
 A step that updates or refreshes the curvature is a program of its own, chosen on the host, so a step that does neither
-pays nothing for it. `update` is given the step's gradient, and what an estimator measures in backward passes is taken
-together with the gradient: a step has one forward pass over each piece of its batch.
+pays nothing for it. `update` is given the step's gradient, and measures that an estimator takes in backward passes are
+taken together with the gradient: a step has one forward pass over each piece of its batch.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ import optax
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
 from curvtrain.objective import Objective
-from curvtrain.trainer.metrics import Metrics, measure, reduce_pieces
 from curvtrain.trainer.state import TrainState
+from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces
 
 PyTree = Any
 MetricsFn = Callable[[Any, Any], Mapping[str, Any]]  # (outputs, batch) -> per-example values
@@ -25,7 +25,7 @@ MetricsFn = Callable[[Any, Any], Mapping[str, Any]]  # (outputs, batch) -> per-e
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What a step does besides the optimizer's update."""
+    """The kind of a step: what it does besides the optimizer's update."""
 
     update: bool = False
     refresh: bool = False
@@ -47,17 +47,27 @@ def train_step(
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function `(state, batch, curvature_batch) -> (state, metrics)` of one kind of step.
 
-    `curvature_batch` is what a refresh sees, None for the training batch. Metrics are those of the batch before the
-    parameters move. `update_first`: whether the optimizer sees what this step makes of the curvature.
+    A refresh sees `curvature_batch`, or the training batch where that is None. The metrics are those of the training
+    batch before the parameters move.
+
+    Args:
+      kind: whether the step updates and refreshes the curvature.
+      objective: the run's objective; its state and its frozen parameters are those of the state.
+      tx: the optimizer.
+      estimator: maintains the curvature, or None.
+      metrics_fn: `(outputs, batch) -> values` of the metrics.
+      ema: decay of the average of the parameters, or None.
+      refresh_microbatch: examples that a refresh on a curvature batch walks at a time.
+      update_first: whether the optimizer is given the curvature after this step's update and refresh, or before.
     """
 
     def step(state: TrainState, batch: Any, curvature_batch: Any) -> tuple[TrainState, Metrics]:
-        here = objective.with_state(state.model_state)
+        here = state.at(objective)
         key = jax.random.fold_in(state.key, state.step)
         noise, refresh_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
 
         asked = requests(state.opt_state)
-        part, params = requested_part(asked, here, state.params)  # what the curvature is that of
+        part, params = requested_part(asked, here, state.params)  # the curvature is that of this part
         updates_curvature = estimator is not None and kind.update
         ride = estimator.measure(state.curvature, part, params, batch, noise) if updates_curvature else None
         observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), piece)
@@ -101,8 +111,16 @@ def train_step(
         if not update_first:
             curvature = advance(curvature, opt_state)
         average = None if ema is None else moving_average(state.ema, moved, ema)
-        state = TrainState(state.step + 1, moved, model_state, opt_state, curvature, average, state.key)
-        return state, reduce_pieces(seen)
+        after = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=moved,
+            model_state=model_state,
+            opt_state=opt_state,
+            curvature=curvature,
+            ema=average,
+        )
+        return after, reduce_pieces(seen)
 
     return step
 
@@ -112,22 +130,25 @@ def moving_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
     return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
 
 
-def eval_step(objective: Objective, metrics_fn: MetricsFn, like: PyTree) -> Callable[[PyTree, PyTree, Any], Metrics]:
-    """The function `(params, model_state, batch) -> metrics` with running averages and without dropout.
+def eval_step(
+    objective: Objective, metrics_fn: MetricsFn, like: PyTree
+) -> Callable[[PyTree, PyTree, PyTree, Any], Metrics]:
+    """The function `(params, frozen, model_state, batch) -> metrics` with running averages and without dropout.
 
     The parameters (an average of them, perhaps) are used in the dtypes of `like`.
     """
 
-    def step(params, model_state, batch):
+    def step(params, frozen, model_state, batch):
         params = jax.tree.map(lambda a, p: a.astype(p.dtype), params, like)
-        outputs = objective.with_state(model_state).evaluation().predict(params, batch)
+        here = objective.with_state(model_state).with_frozen(frozen).evaluation()
+        outputs = here.predict(params, batch)
         return measure(metrics_fn(outputs, batch), batch)
 
     return step
 
 
 def telemetry(curvature: Estimate | None) -> dict[str, jax.Array]:
-    """Scalars of the curvature, for the log."""
+    """The scalars of a curvature that are logged."""
     if curvature is None:
         return {}
     return {f"curvature/{name}": jnp.asarray(value) for name, value in curvature.telemetry().items()}

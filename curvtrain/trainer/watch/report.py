@@ -1,4 +1,4 @@
-"""What a run needs, as tables: bytes of its state on each device, and what its compiled programs compute and send."""
+"""The needs of a run, as tables: bytes of its state on each device, and FLOPs and collectives of its programs."""
 
 import collections
 import dataclasses
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain._text import human_bytes, table
-from curvtrain.trainer.sharding import path_name
+from curvtrain.trainer.mesh.sharding import path_name
 
 PyTree = Any
 
@@ -25,9 +25,9 @@ class Part:
     """Bytes of a part of the state.
 
     Attributes:
-      whole: of one copy.
-      per_device: of what one device holds.
-      replicated: of that, what every device of several holds.
+      whole: bytes of one copy.
+      per_device: bytes that one device holds.
+      replicated: the bytes among them that every device holds; 0 on a single device.
       largest: the largest array that every device holds, as "path (bytes)".
     """
 
@@ -38,7 +38,7 @@ class Part:
 
     @classmethod
     def of(cls, tree: PyTree) -> "Part":
-        """Of arrays, or abstract ones, with shardings."""
+        """Counts the bytes of a tree of arrays, or abstract arrays, with shardings."""
         whole = per_device = 0
         copies = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -53,14 +53,14 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class StateReport(Mapping[str, Part]):
-    """Bytes of the parts of a training state, by their names in it, of those that there are. Print it."""
+    """Bytes of the parts of a training state by their names; parts without arrays are left out. Print it."""
 
     parts: dict[str, Part]
     checkpoints: int
 
     @classmethod
     def of(cls, state: PyTree, checkpoints: int) -> "StateReport":
-        """Of an abstract state, and of so many checkpoints that may be on disk at a time."""
+        """The report of an abstract state, of which `checkpoints` may be on disk at a time."""
         found = {field.name: Part.of(getattr(state, field.name)) for field in dataclasses.fields(state)}
         return cls({name: part for name, part in found.items() if part.whole}, checkpoints)
 
@@ -75,7 +75,7 @@ class StateReport(Mapping[str, Part]):
 
     @property
     def whole(self) -> int:
-        """Of one copy of everything, which is what a checkpoint takes."""
+        """Bytes of one copy of everything: the size of a checkpoint."""
         return sum(part.whole for part in self.values())
 
     def __str__(self) -> str:
@@ -98,8 +98,8 @@ class ProgramReport:
     """One compiled program, per device: FLOPs (loop bodies counted once), bytes of arguments and temporaries.
 
     Attributes:
-      collectives: for each kind that there is, how many there are in the program's text.
-      sent: for each kind, bytes of their results.
+      collectives: the number of collectives in the program's text, by kind.
+      sent: the bytes of their results, by kind.
     """
 
     name: str
@@ -111,6 +111,7 @@ class ProgramReport:
 
     @staticmethod
     def of(name: str, compiled: Any) -> "ProgramReport":
+        """The report of a compiled program."""
         cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
         flops = float((cost or {}).get("flops", float("nan")))
         counts, sent = collectives(compiled.as_text())
@@ -119,7 +120,7 @@ class ProgramReport:
 
 @dataclasses.dataclass(frozen=True)
 class DryRun:
-    """What a run needs: its programs, bytes of state, mesh and batch size. Print it."""
+    """The needs of a run: its programs, bytes of state, mesh and batch size. Print it."""
 
     programs: list[ProgramReport]
     state: StateReport
@@ -137,11 +138,11 @@ class DryRun:
 
 
 def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
-    """({kind: how many there are in a program's text}, {kind: bytes of their results on one device})."""
+    """({kind: number of collectives in a program's text}, {kind: bytes of their results on one device})."""
     counts, sent = collections.Counter[str](), collections.Counter[str]()
     for shapes, kind, start in _CALL.findall(hlo):
         sizes = [_bytes(*shape) for shape in _SHAPE.findall(shapes)]
-        if start and kind != "all-reduce":  # of asynchronous ones, the operands come before the results
+        if start and kind != "all-reduce":  # an asynchronous one lists its operands before its results
             sizes = sizes[len(sizes) // 2 :] if kind != "collective-permute" else sizes[1:2]
         counts[kind] += 1
         sent[kind] += sum(sizes)
@@ -150,13 +151,13 @@ def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _bytes(kind: str, bits: str, shape: str) -> int:
-    """Of an array in a program's text."""
+    """The bytes of an array in a program's text."""
     each = max(1, int(bits) // 8) if bits else 1  # pred
     return each * math.prod(map(int, filter(None, shape.split(","))))
 
 
 def _itemsize(leaf: Any) -> int:
-    """Bytes of an element; of a key, of its data."""
+    """The bytes of an element; for a random key, the bytes of its data."""
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf.dtype.itemsize
     data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct((), leaf.dtype))

@@ -29,11 +29,11 @@ class Mean(clu_metrics.Average):
 
 
 def measure(values: Mapping[str, Any], batch: Any) -> Metrics:
-    """Turns what `Trainer.metrics` returned for a batch into mergeable metrics.
+    """Turns the values that `Trainer.metrics` returned for a batch into mergeable metrics.
 
     Args:
-      values: by name, one value per example, shape (batch,) or (batch, time); or a `clu.metrics.Metric`, for what is
-        not a mean over examples.
+      values: by name, one value per example, shape (batch,) or (batch, time); or a `clu.metrics.Metric`, for a
+        quantity that is not a mean over examples.
       batch: its `mask` and `weights` weight the means.
 
     Raises:

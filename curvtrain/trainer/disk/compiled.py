@@ -1,0 +1,85 @@
+"""JAX's persistent compilation cache, for the time of a run: a repeated or resumed run does not compile again."""
+
+import contextlib
+import os
+import zlib
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+FOLDER = "compiled"  # in the workdir
+ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of an entry where JAX finds that library; else it uses zlib
+_DIR = "jax_compilation_cache_dir"
+
+
+@contextlib.contextmanager
+def compilation_cache_of(
+    option: str | os.PathLike | bool | None, workdir: str | os.PathLike | None
+) -> Generator[Path | None]:
+    """Keeps compiled programs in a folder while the context lasts, and gives the folder, or None if it keeps none.
+
+    A cache that the user has configured (JAX_COMPILATION_CACHE_DIR, `jax.config`) stays as it is, unless a folder is
+    named. JAX has one cache per process, so other threads use it too. Afterwards JAX's options are as they were.
+
+    An entry's key is a hash of the program, the compiler and its options, and the devices. Of several processes, the
+    first writes and all read. Entries that a full disk cut short are removed at the end; one that a kill cut short is
+    passed over by JAX, with a warning.
+
+    Args:
+      option: True for the folder `compiled` in the workdir, a path for that folder, False or None for no cache.
+      workdir: the run's folder, or None: then True keeps nothing.
+    """
+    folder = _folder(option, workdir)
+    if folder is None:
+        yield None
+        return
+    options: dict[str, Any] = {
+        _DIR: os.fspath(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before, held = {name: getattr(jax.config, name) for name in options}, set(_entries(folder))
+    try:
+        _configure(options)
+        yield folder
+    finally:
+        _configure(before)
+        if jax.process_index() == 0:
+            for entry in _entries(folder):
+                if entry not in held and not _is_whole(entry):
+                    entry.unlink(missing_ok=True)
+
+
+def _folder(option: str | os.PathLike | bool | None, workdir: str | os.PathLike | None) -> Path | None:
+    if option is None or option is False:
+        return None
+    if option is not True:
+        return Path(option).absolute()
+    if workdir is None or getattr(jax.config, _DIR) is not None:
+        return None
+    return Path(workdir).absolute() / FOLDER
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.glob("*-cache"))
+
+
+def _is_whole(entry: Path) -> bool:
+    """Says whether a compressed entry has its end. JAX writes it in place, and never again."""
+    stream, data = zlib.decompressobj(), entry.read_bytes()
+    if data.startswith(ZSTANDARD):
+        return True  # its library is not ours to require
+    try:
+        stream.decompress(data)
+    except zlib.error:
+        return False
+    return stream.eof
+
+
+def _configure(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # JAX looks at the folder's name once, when it first compiles

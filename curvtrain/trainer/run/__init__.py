@@ -1,0 +1,1 @@
+"""The run itself: its layout, its compiled programs, its step and its loop."""

@@ -1,0 +1,35 @@
+"""Evaluation: metrics over all of a data set, exact over a ragged last batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from curvtrain.trainer.data import eval_batches
+from curvtrain.trainer.run.plan import Plan
+from curvtrain.trainer.state import TrainState
+from curvtrain.trainer.watch.metrics import Metrics, compute, merge
+
+
+def evaluate(
+    plan: Plan, state: TrainState, data: Any, interrupted: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """The metrics of a state by name.
+
+    Args:
+      plan: of the run.
+      state: its averaged parameters are evaluated if it has them, else its parameters.
+      data: a dict of arrays or a finite grain dataset.
+      interrupted: is asked before every batch; if it says yes, evaluation ends and the result is None.
+    """
+    params = state.params if state.ema is None else state.ema
+    total: Metrics | None = None
+    for batch in eval_batches(data, plan.eval_batch_size):
+        if interrupted():
+            return None
+        put = plan.batches.put(batch, whole=True)
+        seen = plan.programs.evaluate(params, state.frozen, state.model_state, put)
+        total = merge(total, jax.device_get(seen))
+    if total is None:
+        raise ValueError("evaluate(data) has no examples.")
+    return compute(total)

@@ -1,0 +1,147 @@
+"""The plan of a run: its data, its layout and its programs, checked against each other before anything is allocated."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
+from curvtrain.objective import batch_size
+from curvtrain.trainer.config import TrainerConfig
+from curvtrain.trainer.data import CURVATURE, Streams, first_and_sample, make_train_data
+from curvtrain.trainer.data.placement import BatchLayout
+from curvtrain.trainer.disk.reading import saved_run
+from curvtrain.trainer.mesh import sharding
+from curvtrain.trainer.run.layout import Layout, Task
+from curvtrain.trainer.run.programs import Programs
+from curvtrain.trainer.watch.report import DryRun, ProgramReport, StateReport
+
+
+class Plan:
+    """A run before it runs. Building a plan checks everything and allocates nothing.
+
+    Attributes:
+      config, task, tx: the run's options, task and optimizer.
+      batches: how batches lie on the mesh.
+      data: the training data.
+      layout: the abstract state.
+      programs: the compiled programs, made when they are used.
+      refresh_note: how the period of refreshes was chosen, for the console; empty if the schedule says it.
+    """
+
+    def __init__(
+        self,
+        config: TrainerConfig,
+        task: Task,
+        train_data: Any,
+        optimizer: optax.GradientTransformation,
+        estimator: CurvatureEstimator | None,
+        schedule: CurvatureSchedule,
+    ):
+        self.config, self.task, self.tx = config, task, _with_extra_args(optimizer)
+        mesh = sharding.make_mesh(config.mesh)
+        _check_batch_sizes(config, schedule, mesh)
+        self.batches = BatchLayout.of(mesh)
+        rows = self.batches.shard, self.batches.shards
+        self.data = make_train_data(train_data, config.batch_size, config.seed, *rows)
+        self.refresh_multiple = (schedule.batch_size or config.batch_size) // config.batch_size
+        self.data.iterator(CURVATURE, self.refresh_multiple)  # raises if the data does not hold so many examples
+        saved = {} if estimator is None or config.workdir is None else saved_run(config.workdir)
+        self.layout = Layout(config, task, mesh, self.tx, estimator, saved.get("curvature_choices", {}))
+        first, multiple = self.data.first(), self.refresh_multiple
+        batch = self.batches.abstract(first)
+        wide_batch = self.batches.abstract(first, multiple) if multiple > 1 else None
+        settled = schedule.settled(self.layout.requests)
+        self.programs = Programs(config, self.layout, self.tx, settled, task.metrics, batch, wide_batch)
+        self.refresh_note = self._refresh_note(schedule, settled)
+        self.outputs = self._abstract_outputs()
+        task.loss.check(self.data.sample(), self.outputs)
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.layout.mesh
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Examples per evaluation step."""
+        return self.config.eval_batch_size or self.config.batch_size
+
+    def streams(self) -> Streams:
+        """The batches that the run will draw, from the beginning."""
+        return Streams(self.data, self.refresh_multiple)
+
+    def check_eval_data(self, data: Any, argument: str = "eval_data") -> None:
+        """Raises TypeError or ValueError if data to be evaluated does not fit the loss and the model.
+
+        All arrays are checked; of a grain dataset, the first batch.
+        """
+        first, sample = first_and_sample(data, self.eval_batch_size, argument)
+        self.task.loss.check(sample, self.outputs)
+        state = self.layout.state
+        batch = self.batches.abstract(first)
+        self.programs.evaluate.eval_shape(state.params, state.frozen, state.model_state, batch)
+
+    def description(self) -> dict[str, Any]:
+        """Identifies the run, as plain JSON: a checkpoint is resumed only if all of it is the same."""
+        estimator, choices = self.layout.estimator, self.layout.choices
+        return {
+            "trainer": self.task.name,
+            "seed": self.config.seed,
+            "train_data": self.data.description(),
+            "curvature": None if estimator is None else type(estimator).__name__,
+            **({"curvature_choices": choices} if choices else {}),
+        }
+
+    def state_report(self) -> StateReport:
+        """Bytes of the state on each device."""
+        config = self.config
+        kept = 0 if config.workdir is None else config.keep_latest + config.keep_best + 1  # one is being written
+        return StateReport.of(self.layout.state, kept)
+
+    def report(self) -> DryRun:
+        """Memory and FLOPs of every program, and of the state; allocates nothing."""
+        programs = [ProgramReport.of(str(kind), self.programs.step(kind)) for kind in self.programs.kinds]
+        return DryRun(programs, self.state_report(), dict(self.mesh.shape), batch_size(self.programs.batch))
+
+    def _abstract_outputs(self) -> Any:
+        state = self.layout.state
+        predict = lambda state, batch: state.at(self.layout.objective).predict(state.params, batch)
+        return jax.eval_shape(predict, state, self.programs.batch)
+
+    def _refresh_note(self, schedule: CurvatureSchedule, settled: CurvatureSchedule) -> str:
+        """Says how often the curvature is refreshed, where neither the user nor the estimator does."""
+        estimator = self.layout.estimator
+        if estimator is None or not estimator.factorises or schedule.refresh_every is not None:
+            return ""
+        asking = [r.optimizer for r in self.layout.requests if r.damping_every == settled.refresh_every]
+        reason = f", as optim.{asking[0]} adapts its damping" if asking else ""
+        every = settled.refresh_every
+        return f"refresh every {'step' if every == 1 else f'{every} steps'}{reason}"
+
+
+def _check_batch_sizes(config: TrainerConfig, schedule: CurvatureSchedule, mesh: Mesh) -> None:
+    shards = sharding.batch_shards(mesh)
+    where = f"the mesh {dict(mesh.shape)}, which splits a batch into {shards}"
+    for name, size in (("batch_size", config.batch_size), ("eval_batch_size", config.eval_batch_size)):
+        if size is not None and size % shards:
+            raise ValueError(f"TrainerConfig({name}={size}) should be divisible over {where}.")
+    if config.batch_size // config.accumulate % shards:
+        raise ValueError(
+            f"TrainerConfig(accumulate={config.accumulate}) leaves micro-batches of "
+            f"{config.batch_size // config.accumulate} examples, which are not divisible over {where}."
+        )
+    wide = schedule.batch_size
+    if wide is not None and wide % config.batch_size:
+        raise ValueError(
+            f"CurvatureSchedule(batch_size={wide}) should be a multiple of TrainerConfig(batch_size="
+            f"{config.batch_size}): a refresh walks it in training batches."
+        )
+
+
+def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
+    if isinstance(optimizer, optax.MultiSteps):  # takes extra arguments, but does not say so
+        update: Any = optimizer.update
+        return optax.GradientTransformationExtraArgs(optimizer.init, update)
+    return optax.with_extra_args_support(optimizer)
