@@ -104,7 +104,7 @@ def scale_by_fitted(
       scanned: which leaves' first axis counts copies of a layer.
     """
 
-    def init(params):
+    def init(params: Any) -> Any:
         structure = _structure(name, params, scanned)
         mu = jax.tree.map(lambda p: jnp.zeros(p.shape, mu_dtype or p.dtype), params)
         mu = {} if _checks.is_off(b1) else mu

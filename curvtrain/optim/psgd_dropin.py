@@ -39,9 +39,10 @@ from curvtrain.optim.psgd_families import KronOfAxes, LowRankFromKey
 
 PyTree = Any
 
-# Defaults that shapes depend on are NumPy's numbers: `optax.inject_hyperparams` leaves these as they are, while it
-# turns Python's into arrays that are traced.
-_RANK = np.int32(10)  # the original's default
+# The original's defaults that shapes depend on. They are NumPy's numbers, which `optax.inject_hyperparams` leaves as
+# they are, while it turns Python's into arrays that are traced.
+_RANK, _AFFINE_SIZE, _AFFINE_SKEW = np.int32(10), np.int32(4096), np.int32(128)
+_KRON_SIZE, _KRON_NDIM, _KRON_SCALE = np.int32(8192), np.int32(2), np.float32(1.0)
 _RMS = 1.1
 _SAVINGS = ("one_diag", "all_diag")
 _ANY_SIZE = 2**31 - 1
@@ -161,8 +162,8 @@ def affine(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     mask: Any = None,
-    max_size_triangular: Any = np.int32(4096),
-    max_skew_triangular: Any = np.int32(128),
+    max_size_triangular: Any = _AFFINE_SIZE,
+    max_skew_triangular: Any = _AFFINE_SKEW,
     precond_lr: Number = 0.1,
     precond_init_scale: float | None = None,
     update_global_norm_clip: float | None = None,
@@ -222,12 +223,12 @@ def kron(
     weight_decay: float = 0.0,
     weight_decay_mask: Any = None,
     preconditioner_update_probability: Number = precond_update_prob_schedule(),  # noqa: B008
-    max_size_triangular: Any = np.int32(8192),
-    min_ndim_triangular: Any = np.int32(2),
+    max_size_triangular: Any = _KRON_SIZE,
+    min_ndim_triangular: Any = _KRON_NDIM,
     memory_save_mode: str | None = None,
     momentum_into_precond_update: bool = True,
     preconditioner_lr: Number = 0.1,
-    preconditioner_init_scale: Any = np.float32(1.0),
+    preconditioner_init_scale: Any = _KRON_SCALE,
     mu_dtype: Any = None,
     precond_dtype: Any = None,
     precond_update_precision: str | None = "tensorfloat32",

@@ -1,20 +1,22 @@
-"""What a step with PSGD costs, in FLOPs of the compiled program: one gradient, the fit where there is one, the product."""
+"""What a step with PSGD costs, in FLOPs of the compiled program: one gradient, the fit if there is one, the product."""
 
 import functools
+import itertools
 from unittest import mock
 
 import jax
 import numpy as np
 import optax
 import pytest
+from curvtrain.trainer.run.layout import Task
+from curvtrain.trainer.run.plan import Plan
+from curvtrain.trainer.run.step import Kind
 from flax import nnx
 
 import curvtrain
 from curvtrain import losses, optim
 from curvtrain.curvature import PSGD, Elementwise, Kron
-from curvtrain.trainer import sharding
-from curvtrain.trainer.plan import Plan, Task
-from curvtrain.trainer.step import Kind
+from curvtrain.trainer.mesh import sharding
 
 PLAIN, UPDATE = Kind(), Kind(update=True)
 
@@ -22,7 +24,7 @@ PLAIN, UPDATE = Kind(), Kind(update=True)
 class MLP(nnx.Module):
     def __init__(self, rngs):
         sizes = (64, 256, 256, 10)
-        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.layers = nnx.List([nnx.Linear(a, b, rngs=rngs) for a, b in itertools.pairwise(sizes)])
 
     def __call__(self, x):
         for layer in self.layers[:-1]:
@@ -47,7 +49,7 @@ def plan(optimizer, estimator=None, pieces=1):
     config = curvtrain.TrainerConfig(steps=1, batch_size=256, accumulate=pieces, progress=False, mesh={"data": 1})
     one = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(jax.sharding.AxisType.Auto,))
     data = {"image": np.zeros((256, 64), np.float32), "label": np.zeros(256, np.int32)}
-    with mock.patch.object(sharding, "make_mesh", lambda axes: one):
+    with mock.patch.object(sharding, "make_mesh", return_value=one):
         return Plan(config, task, data, optimizer, estimator, curvtrain.CurvatureSchedule())
 
 
@@ -57,19 +59,21 @@ def flops_of(compiled):
 
 
 @functools.cache
-def step_flops(family, kind, pieces=1, **options):
-    built = plan(optax.adam(1e-3), None, pieces) if family is None else plan(optim.psgd(1e-3), PSGD(family, **options), pieces)
-    return flops_of(built.step_program(kind))
+def step_flops(family, kind, pieces=1):
+    optimizer, estimator = (optax.adam, None) if family is None else (optim.psgd, PSGD(family))
+    return flops_of(plan(optimizer(1e-3), estimator, pieces).programs.step(kind))
 
 
 @functools.cache
 def fit_flops(family):
     """Of a fit to a gradient that is given, by itself."""
     built = plan(optim.psgd(1e-3), PSGD(family))
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (built.state.curvature, built.state.params))
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (built.layout.state.curvature, built.layout.state.params)
+    )
 
     def fit(curvature, params, grads, key):
-        return built.estimator.update(curvature, built.objective, params, None, key, grads=grads)
+        return built.layout.estimator.update(curvature, built.layout.objective, params, None, key, grads=grads)
 
     with jax.set_mesh(built.mesh):
         return flops_of(jax.jit(fit).lower(*shapes, shapes[1], jax.random.key(0)).compile())
@@ -92,37 +96,29 @@ def test_a_step_is_its_gradient_its_fit_and_its_product(pieces):
 
 
 @pytest.mark.parametrize("fit", ["gradient", "hessian"])
-def test_a_step_that_does_not_fit_pays_nothing_for_it(fit):
-    """By its probability a step fits in a branch: outside of it there is what a step without a fit has."""
-    program = plan(optim.psgd(1e-3), PSGD(Kron(), fit, update_probability=0.1)).step_program(UPDATE).as_text()
-    plain = plan(optim.psgd(1e-3), PSGD(Kron(), fit)).step_program(PLAIN).as_text()
-    outside, inside = products(program)
-    assert outside == products(plain)[0] and inside > 0
+def test_a_call_that_does_not_fit_pays_nothing_for_it(fit):
+    """The gradient, products, probes and noise are in the branch of the fit."""
+    built = plan(optim.psgd(1e-3), PSGD(Kron(), fit, update_probability=0.1))
+    with jax.set_mesh(built.mesh):
+        traced = jax.make_jaxpr(
+            lambda c, p, batch, key: built.layout.estimator.update(c, built.layout.objective, p, batch, key)
+        )(built.layout.state.curvature, built.layout.state.params, built.programs.batch, jax.random.key(0))
+    dear = ("dot_general", "random_bits", "exp", "tanh")
+    outside, inside = (sum(found.count(name) for name in dear) for found in primitives(traced))
+    assert outside == 0 and inside > 10
 
 
-def products(text):
-    """(matrix products of the entry computation and what it fuses, those inside of its conditionals)."""
-    computations, name = {}, None
-    for line in text.splitlines():
-        if line and not line[0].isspace() and "{" in line:
-            name = line.removeprefix("ENTRY ").split()[0].lstrip("%")
-            computations[name] = []
-            entry = name if line.startswith("ENTRY") else locals().get("entry")
-        elif name:
-            computations[name].append(line)
+def primitives(traced):
+    """(names of the primitives that always run, of those in branches)."""
+    found = [], []
 
-    def count(name, into_branches):
-        total = 0
-        for line in computations.get(name, ()):
-            total += " dot(" in line
-            called = [w.strip("%,){}") for key in ("calls=", "to_apply=", "body=") for w in line.split(key)[1:]]
-            branches = line.split("branch_computations={")[1:] + [
-                part for key in ("true_computation=", "false_computation=") for part in line.split(key)[1:]
-            ]
-            total += sum(count(part.split(",")[0].split("}")[0].split()[0].strip("%,"), into_branches) for part in called)
-            for part in branches if into_branches else ():
-                total += sum(count(b.strip().strip("%"), True) for b in part.split("}")[0].split(","))
-        return total
+    def walk(jaxpr, branch):
+        for equation in jaxpr.eqns:
+            name = equation.primitive.name
+            found[branch].append(name)
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+                if hasattr(value, "eqns"):
+                    walk(value, branch or name == "cond")
 
-    outside = count(entry, False)
-    return outside, count(entry, True) - outside
+    walk(traced, False)
+    return found

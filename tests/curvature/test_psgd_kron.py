@@ -159,7 +159,13 @@ def test_steps_are_those_of_the_reference(one_device, layout, geometry, newton):
 def test_factors_that_are_stepped_together_are_those_that_are_stepped_apart(monkeypatch, geometry, newton):
     """Blocks of one size from several sides and buckets, diagonal sides, and padding."""
     rng, family = np.random.default_rng(0), Kron(geometry, block_size=4, max_skew=1.0)
-    params = {"a": jnp.zeros((8, 7)), "b": jnp.zeros((12, 8)), "c": jnp.zeros(7), "d": jnp.zeros((3, 8, 7)), "e": jnp.zeros(())}
+    params = {
+        "a": jnp.zeros((8, 7)),
+        "b": jnp.zeros((12, 8)),
+        "c": jnp.zeros(7),
+        "d": jnp.zeros((3, 8, 7)),
+        "e": jnp.zeros(()),
+    }
     structure = Structure.of(params, {"a": 0, "b": 0, "c": 0, "d": 1, "e": 0})
     draw = lambda: jax.tree.map(lambda p: jnp.asarray(rng.normal(size=(2, *p.shape)), jnp.float32), params)
     pairs = [(draw() if newton else None, draw()) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""One step of the Kronecker family's fit. Symbols as in `base.py`, `layout.py`, `tensors.py` and `rows.py`, and y = P h:
+"""One step of the Kronecker family's fit. Symbols as in `base.py`, `layout.py`, `tensors.py` and `rows.py`; y = P h.
 
     PRO, QUAD, QEQ   T1 = contract_i(y)       T2 = contract_i(v),        whitening (N / n_i) I
     QEP              T1 = contract_i(Q_i y)   T2 = contract_i(Q_i v),    whitening (N / n_i) Q_i Q_i^T

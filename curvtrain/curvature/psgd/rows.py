@@ -89,7 +89,7 @@ class Rows:
     """
 
     def __init__(self, buckets: Sequence[Bucket], together: bool):
-        """`together`: whether rows of several sides and buckets share a group; otherwise each side has one of its own."""
+        """`together`: whether rows of several sides and buckets share a group; otherwise each side has its own."""
         self.buckets = buckets
         firsts = np.cumsum([0, *(bucket.count for bucket in buckets)])
         found: dict[tuple, list[Part]] = {}

@@ -37,7 +37,7 @@ def _known(starts: Sequence[int]) -> tuple[jax.Array, ...]:
 def on_one_device() -> bool:
     """Whether a program that is being traced is certainly for one device.
 
-    That is so if the mesh of `jax.set_mesh` has one; without a mesh, arrays may be split over whatever devices there are.
+    That is so if the mesh of `jax.set_mesh` has one; without a mesh, arrays may be split over all devices there are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     return (jax.device_count() if mesh.empty else mesh.size) == 1
