@@ -90,7 +90,7 @@ def measure(devices: int, model: str, sharding: str, scaling: str, names: list[s
         sharding=sharding,
     )
     schedule = curvtrain.CurvatureSchedule(update_every=2, refresh_every=4, start=1)
-    found = {}
+    found: dict[str, Any] = {}
     for name, (optimizer, estimator) in cases().items():
         if name not in names:
             continue
@@ -105,9 +105,9 @@ def measure(devices: int, model: str, sharding: str, scaling: str, names: list[s
             programs[str(kind)] = {"flops": program.flops, "factorised": work, "sent": program.sent}
         parts = {part: (state[part].whole, state[part].per_device) for part in state if part not in ("step", "key")}
         choices = plan.layout.choices
-        found[name] = row = {"state": parts, "choices": choices, "programs": programs}
+        found[name] = {"state": parts, "choices": choices, "programs": programs}
         if (settled := plan.layout.estimator) is not None:
-            row["overview"] = settled.overview(*plan.layout.measured)
+            found[name]["overview"] = settled.overview(*plan.layout.measured)
     return found
 
 
