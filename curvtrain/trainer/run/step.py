@@ -91,22 +91,8 @@ def train_step(
 
         curvature = advance(state.curvature, state.opt_state) if update_first else state.curvature
 
-        # optax's line searches pass the other extra arguments on to value_fn, and reject those that it does not name
-        def value_fn(params, *, batch=batch, key=noise, objective=here, curvature=None):
-            return objective.loss(params, batch, key)
-
-        updates, opt_state = tx.update(
-            grads,
-            state.opt_state,
-            state.params,
-            curvature=curvature,
-            objective=part,
-            batch=batch,
-            key=noise,
-            value=loss,
-            grad=grads,
-            value_fn=value_fn,
-        )
+        extra = _extra_args(curvature, here, part, batch, noise, loss, grads)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         moved = optax.apply_updates(state.params, updates)
         if not update_first:
             curvature = advance(curvature, opt_state)
@@ -123,6 +109,26 @@ def train_step(
         return after, reduce_pieces(seen)
 
     return step
+
+
+def _extra_args(
+    curvature: Any, objective: Objective, part: Objective, batch: Any, key: jax.Array, loss: jax.Array, grads: PyTree
+) -> dict[str, Any]:
+    """The extra arguments of an optimizer's update; `part` is the objective of the parameters that it asks about."""
+
+    # optax's line searches pass the other extra arguments on to value_fn, and reject those that it does not name
+    def value_fn(params, *, batch=batch, key=key, objective=objective, curvature=None):
+        return objective.loss(params, batch, key)
+
+    return {
+        "curvature": curvature,
+        "objective": part,
+        "batch": batch,
+        "key": key,
+        "value": loss,
+        "grad": grads,
+        "value_fn": value_fn,
+    }
 
 
 def moving_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
