@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
 import curvtrain
 from benchmarks.machine import write
 from curvtrain import curvature, losses, optim
-from curvtrain.trainer.plan import Plan, Task
-from curvtrain.trainer.step import Kind
+from curvtrain.trainer.run.layout import Task
+from curvtrain.trainer.run.plan import Plan
+from curvtrain.trainer.run.step import Kind
 from recipes.common.resnet import ResNet
 
 Programs = dict[str, jax.stages.Lowered]
@@ -77,7 +77,7 @@ def resnet_steps(optimizer: optax.GradientTransformation, estimator: Any, kind: 
         task = Task("ResNet", build, lambda model, batch: model(batch["image"]), loss, loss.metrics)
         data = {"image": np.zeros((128, 8, 8, 1), np.float32), "label": np.zeros(128, np.int32)}
         config = curvtrain.TrainerConfig(steps=1, batch_size=128)
-        return Plan(config, task, data, optimizer, estimator, curvtrain.CurvatureSchedule()).lower(kind)
+        return Plan(config, task, data, optimizer, estimator, curvtrain.CurvatureSchedule()).programs.lower(kind)
 
     return {"small": program(optax.adam(1e-3), None, Kind()), "large": program(optimizer, estimator, kind)}
 

@@ -75,7 +75,7 @@ class Eigenpairs(Curvature):
         inside = self.combine(jnp.where(self.converged, inverse, 0.0) * self.coefficients(vector))
         return trees.add(trees.scale(1.0 / damping, trees.float32(vector)), inside)
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors.
 
         It is NaN where lambda + damping is negative and the exponent no integer. Raises ValueError unless damping > 0.

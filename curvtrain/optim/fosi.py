@@ -92,8 +92,8 @@ def fosi(
       base: any optax transformation; it sees the parameter pytree, so masks, partitions and per-layer rules work.
       alpha: rate of the Newton part, a number or an optax schedule. With "ema" it is the share of a Newton step taken
         per step; with "heavy_ball" the steps add up to alpha / (1 - decay).
-      momentum: rule of the Newton part's velocity: "ema" (to go with Adam), "heavy_ball", "nesterov", "none" (SGD), or a linear
-        elementwise function (g1, vel) -> vel. See `MOMENTA`.
+      momentum: rule of the Newton part's velocity: "ema" (to go with Adam), "heavy_ball", "nesterov", "none" (SGD), or
+        a linear elementwise function (g1, vel) -> vel. See `MOMENTA`.
       decay: share of the velocity that a step keeps, in [0, 1).
       damping: delta; inverse eigenvalues are 1 / max(|lambda|, delta max|lambda|). Negative curvature is descended
         along with its magnitude. 0 reproduces the original.
