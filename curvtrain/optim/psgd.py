@@ -3,7 +3,6 @@
 Li, arXiv 1512.04202 and 2402.11858; over a `FittedPreconditioner`. How P is fitted is the business of `curvature.PSGD`.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -70,7 +69,7 @@ def psgd(
     Returns:
       A transformation whose `update` needs `curvature=`, a `FittedPreconditioner`.
     """
-    if not (callable(learning_rate) or isinstance(learning_rate, jax.Array)):
+    if not callable(learning_rate):
         _checks.number_in("psgd(learning_rate)", learning_rate, 0.0)
     _checks.number_in("psgd(weight_decay)", weight_decay, 0.0)
     links: list[optax.GradientTransformation] = [
@@ -83,7 +82,9 @@ def psgd(
             mu_dtype=mu_dtype,
         )
     ]
-    if weight_decay:
+    if _checks.is_off(weight_decay) and mask is not None:
+        raise ValueError("psgd(mask) says which parameters decay, and weight_decay=0 lets none. Leave one of them out.")
+    if not _checks.is_off(weight_decay):
         links.append(optax.add_decayed_weights(weight_decay, mask))
     return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
 
@@ -106,25 +107,28 @@ def scale_by_psgd(
     if clip_global_norm is not None:
         _checks.number_in("psgd(clip_global_norm)", clip_global_norm, 0.0, open_low=True)
     _checks.one_of("psgd(style)", style, STYLES)
-    if nesterov and not b1:
-        raise ValueError("psgd(nesterov=True) looks ahead along a moving average, and b1=0 keeps none.")
+    if _checks.is_off(b1):
+        if nesterov:
+            raise ValueError("psgd(nesterov=True) looks ahead along a moving average, and b1=0 keeps none.")
+        if style == "adam":
+            raise ValueError("psgd(style='adam') scales by the RMS of a moving average, and b1=0 keeps none.")
+        if mu_dtype is not None:
+            raise ValueError("psgd(mu_dtype) is that of a moving average, and b1=0 keeps none.")
 
     def init(params):
-        mu = momentum_like(params, mu_dtype) if b1 else {}
+        mu = {} if _checks.is_off(b1) else momentum_like(params, mu_dtype)
         return ScaleByPsgdState(jnp.int32(0), mu, Request.of("psgd", FittedPreconditioner, params))
 
     def update(updates, state, params=None, *, curvature=None, **extra):
         P = require_curvature("psgd", curvature, FittedPreconditioner, "curvature.PSGD()")
-        averaged, mu = moving_average(updates, state.mu, state.count, b1, nesterov)
+        averaged, factor, mu = moving_average(updates, state.mu, state.count, b1, nesterov)
         to, back = vectors_for("psgd", P, updates)
         out = back(P.apply(to(averaged)))
-        if style == "adam":
-            out = trees.scale(math.sqrt((1 - b1) / (1 + b1)), out)
+        rms = jnp.sqrt((1 - b1) / (1 + b1)) if style == "adam" else 1.0
         limit = clip_rms
         if isinstance(limit, str):
-            limit = _RMS * (math.sqrt((1 - b1) / (1 + b1)) if style == "adam" else 1.0) if P.whitens else None
-        if limit is not None:
-            out = clip_each(out, limit)
+            limit = _RMS * rms if P.whitens else None
+        out = scale_each(out, factor * rms, limit)
         if clip_global_norm is not None:
             out = clip_all(out, clip_global_norm)
         out = jax.tree.map(lambda u, g: u.astype(g.dtype), out, updates)
@@ -138,26 +142,33 @@ def momentum_like(params: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda p: jnp.zeros(p.shape, dtype or jnp.float32), params)
 
 
-def moving_average(grads: PyTree, mu: PyTree, count: jax.Array, b1: float, nesterov: bool) -> tuple[PyTree, PyTree]:
-    """(the bias-corrected average in float32, the average as it is kept)."""
+def moving_average(
+    grads: PyTree, mu: PyTree, count: jax.Array, b1: float | jax.Array, nesterov: bool
+) -> tuple[PyTree, jax.Array | float, PyTree]:
+    """(a float32 vector, the factor that makes the bias-corrected average of it, the average as it is kept)."""
     grads = trees.float32(grads)
-    if not b1:
-        return grads, mu
-    whole = lambda t: -jnp.expm1(t * math.log(b1))  # 1 - b1^t, to all digits
+    if _checks.is_off(b1):
+        return grads, 1.0, mu
+    whole = lambda t: -jnp.expm1(t * jnp.log(b1))  # 1 - b1^t, to all digits
     t = count + 1
     new = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, mu, grads)
+    averaged, factor = new, 1 / whole(t)
     if nesterov:
-        ahead, now = b1 / whole(t + 1), (1 - b1) / whole(t)
+        ahead, now, factor = b1 / whole(t + 1), (1 - b1) / whole(t), 1.0
         averaged = jax.tree.map(lambda m, g: ahead * m + now * g, new, grads)
-    else:
-        averaged = trees.scale(1 / whole(t), new)
-    return averaged, jax.tree.map(lambda n, m: n.astype(m.dtype), new, mu)
+    return averaged, factor, jax.tree.map(lambda n, m: n.astype(m.dtype), new, mu)
 
 
-def clip_each(updates: PyTree, rms: float) -> PyTree:
-    """Every leaf scaled down to an RMS."""
-    scale = lambda u: u / jnp.maximum(1.0, jnp.sqrt(jnp.mean(jnp.square(u))) / rms) if u.size else u
-    return jax.tree.map(scale, updates)
+def scale_each(updates: PyTree, factor: jax.Array | float, rms: jax.Array | float | None = None) -> PyTree:
+    """The updates times a factor, and then every leaf scaled down to an RMS, if there is one."""
+
+    def scaled(u):
+        if rms is None or not u.size:
+            return u * factor
+        size = factor * jnp.sqrt(jnp.mean(jnp.square(u)))
+        return u * (factor / jnp.maximum(1.0, size / rms))
+
+    return jax.tree.map(scaled, updates)
 
 
 def clip_all(updates: PyTree, norm: float) -> PyTree:

@@ -10,7 +10,21 @@ import pytest
 from flax import nnx
 
 from curvtrain import Objective, losses
-from curvtrain.curvature import PSGD, Annealed, CurvatureSchedule, FittedPreconditioner, Kron, KroneckerDiagonal
+from curvtrain.curvature import (
+    PSGD,
+    Affine,
+    Annealed,
+    Curvature,
+    CurvatureSchedule,
+    Dense,
+    Elementwise,
+    FittedPreconditioner,
+    Kron,
+    KroneckerDiagonal,
+    LowRank,
+    XMat,
+)
+from curvtrain.curvature.base import Estimate
 from curvtrain.curvature.psgd import estimator as module
 
 KEY = jax.random.key(0)
@@ -49,8 +63,8 @@ def test_the_hessian_of_a_quadratic_is_inverted(probes):
     H = np.kron(spd(5, 5, rng), spd(10, 5, rng))
     objective, params = quadratic(H)
     c = run(PSGD(Kron(), "hessian", 0.5, probes=probes), objective, params, [NOTHING] * 100)
-    C = np.asarray(jax.jit(FittedPreconditioner.as_matrix)(c), np.float64)
-    np.testing.assert_allclose(C, H, atol=1e-4 * np.abs(H).max())
+    P = np.asarray(jax.jit(FittedPreconditioner.as_matrix)(c), np.float64)
+    np.testing.assert_allclose(np.linalg.inv(P), H, atol=1e-4 * np.abs(H).max())
     assert int(c.fits) == 100 and not c.whitens
 
 
@@ -63,10 +77,10 @@ def test_the_ggn_is_inverted():
     c = run(PSGD(Kron(), "ggn", 0.5), objective, params, [batch] * 200)
     v = {"kernel": jnp.ones((4, 3))}
     H = {"kernel": np.arange(1.0, 5.0)[:, None] ** 2 * np.ones((1, 3)) / 4}
-    scale = c.matvec(v)["kernel"] / H["kernel"]  # the loss's own factor of 1 or 2
+    scale = c.invert(v)["kernel"] / H["kernel"]  # the loss's own factor of 1 or 2
     np.testing.assert_allclose(scale, np.full((4, 3), float(scale[0, 0])), rtol=1e-3)
     gradient = jax.jvp(jax.grad(lambda p: objective.loss(p, batch)), (params,), (v,))[1]
-    np.testing.assert_allclose(c.matvec(v)["kernel"], gradient["kernel"], rtol=1e-3)
+    np.testing.assert_allclose(c.invert(v)["kernel"], gradient["kernel"], rtol=1e-3)
 
 
 def test_gradients_are_whitened():
@@ -78,7 +92,7 @@ def test_gradients_are_whitened():
     rate = lambda fits: jnp.where(fits < 200, 0.5, 0.02)
     c = run(PSGD(Kron(), "gradient", rate), objective, params, batches)
     expected = np.linalg.inv(np.kron(A, B))  # (E g g^T)^(-1/2) for g = A Z B
-    P = np.linalg.inv(np.asarray(jax.jit(FittedPreconditioner.as_matrix)(c), np.float64))
+    P = np.asarray(jax.jit(FittedPreconditioner.as_matrix)(c), np.float64)
     assert np.linalg.norm(P - expected) / np.linalg.norm(expected) < 0.15
     assert c.whitens
 
@@ -95,7 +109,7 @@ def test_a_moving_average_is_whitened_and_kept_finite():
     np.testing.assert_allclose(c.mean["x"], mean, rtol=1e-5, atol=1e-6)
     bad = run(PSGD(Kron(), momentum=0.9), objective, params, [{"b": rows[0]}, {"b": rows[0] * np.nan}])
     np.testing.assert_allclose(bad.mean["x"], rows[0].reshape(5, 10), rtol=1e-6)
-    assert np.all(np.isfinite(bad.solve({"x": jnp.ones((5, 10))})["x"]))
+    assert np.all(np.isfinite(bad.apply({"x": jnp.ones((5, 10))})["x"]))
 
 
 # -- when --------------------------------------------------------------------------------------------------------------
@@ -141,6 +155,26 @@ def test_annealing_goes_from_often_to_rarely():
     schedule = CurvatureSchedule(update_every=p.period)
     done = [step for step in range(6000) if schedule.updates(step)]
     assert done[:501] == list(range(501)) and 25 < len([s for s in done if s >= 5000]) < 36
+    assert all(b - a == p.period(a) for a, b in itertools.pairwise(done))
+
+
+def test_a_period_is_the_same_for_a_traced_step():
+    p, steps = Annealed(), np.arange(0, 6000, 7)
+    traced = jax.jit(jax.vmap(p.period))(steps)
+    assert traced.dtype == jnp.int32
+    assert np.count_nonzero(np.asarray(traced) != [p.period(int(step)) for step in steps]) <= 2  # rounding of x.5
+
+
+@pytest.mark.parametrize("fit", ["gradient", "hessian"])
+@pytest.mark.parametrize("family", [Kron(), Affine(), Elementwise(), XMat(), XMat("flat"), LowRank(2), Dense()])
+def test_parameters_without_entries_are_left_alone(family, fit):
+    params = {"a": jnp.full((2, 3), 2.0), "none": jnp.zeros((0, 4))}
+    objective = Objective.from_loss(lambda p, batch: sum(jnp.sum(x**2) for x in jax.tree.leaves(p)))
+    c = run(PSGD(family, fit), objective, params, [{"b": np.zeros((1,), np.float32)}])
+    assert (int(c.fits), int(c.failures)) == (1, 0)
+    out = jax.jit(lambda c, v: c.invert(c.apply(v)))(c, params)
+    assert out["none"].shape == (0, 4)
+    np.testing.assert_allclose(out["a"], params["a"], rtol=1e-4)
 
 
 # -- layers of a scan --------------------------------------------------------------------------------------------------
@@ -157,6 +191,12 @@ class Scanned(nnx.Module):
 
     def __call__(self, x):
         return nnx.scan(lambda x, layer: nnx.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def test_layers_of_a_scan_are_found_from_a_part_of_their_parameters():
+    objective, params = Objective.from_model(Scanned(nnx.Rngs(0)), lambda m, b: m(b["x"]), losses.SquaredError())
+    c = PSGD().init(*objective.select(params, {("layers", "kernel")}))
+    assert set(c.state) == {"4x4"} and c.state["4x4"]["Q"]["0"].shape == (3, 1, 4, 4)
 
 
 def test_layers_of_a_scan_get_a_preconditioner_each():
@@ -198,14 +238,27 @@ def test_more_memory_than_there_is_is_refused_before_anything_is_allocated(monke
     assert module.device_memory() > 10**8
 
 
-def test_solve_takes_no_damping():
-    objective, params = quadratic(np.eye(50))
-    c = PSGD().init(objective, params)
-    np.testing.assert_array_equal(c.solve(params, 0.0)["x"], params["x"])
-    with pytest.raises(ValueError, match=r"solve\(damping=0.1\): P itself is what was fitted"):
-        c.solve(params, 0.1)
-    with pytest.raises(ValueError, match=r"solve\(damping=an array\)"):
-        jax.jit(c.solve)(params, jnp.float32(0.0))
+@pytest.mark.parametrize(
+    ("family", "together"),
+    [
+        (Kron(), False),
+        (Affine(), False),
+        (Elementwise(), False),
+        (XMat(), False),
+        (XMat("flat"), True),
+        (LowRank(2), True),
+        (Dense(), True),
+    ],
+)
+def test_it_multiplies_and_says_what_it_mixes(family, together):
+    params = {"a": {"w": jnp.ones((3, 4))}, "b": jnp.ones(5)}
+    c = PSGD(family).init(None, params)
+    assert isinstance(c, Estimate) and not isinstance(c, Curvature)
+    assert c.groups() == ((("a", "w"), ("b",)),) if together else ((("a", "w"),), (("b",),))
+    same = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6)
+    jax.tree.map(same, c.apply(params), params)  # P = I
+    jax.tree.map(same, c.invert(params), params)
+    np.testing.assert_allclose(c.as_matrix(), np.eye(17), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -227,6 +280,7 @@ def test_solve_takes_no_damping():
         ),
         (dict(update_probability=-0.1), ValueError, r"not -0.1"),
         (dict(rule="chance"), ValueError, r"PSGD\(rule\) should be one of 'deterministic', 'bernoulli'"),
+        (dict(rule="bernoulli"), ValueError, r"PSGD\(rule='bernoulli'\) chooses among calls"),
         (dict(memory_limit=0), ValueError, r"PSGD\(memory_limit\) should be at least 1"),
         (dict(preconditioner=Kron(dtype="bfloat16"), rate=0.01), ValueError, r"below the resolution of factors"),
     ],

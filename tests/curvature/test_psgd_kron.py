@@ -9,7 +9,8 @@ import psgd_reference as reference
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from curvtrain.curvature import Affine, Kron
+from curvtrain.curvature import Affine, Elementwise, Kron, LowRank, XMat
+from curvtrain.curvature.psgd import kronecker
 from curvtrain.curvature.psgd.base import Structure, initial_scale, signs
 from curvtrain.curvature.psgd.geometry import GEOMETRIES, procrustes, spectral_bound, triangular_inverse
 from curvtrain.curvature.psgd.layout import any_order, block_for, consecutive
@@ -35,6 +36,12 @@ def close(ours, theirs, tolerance=3e-6):
 def spd(n, condition, rng):
     Q = np.linalg.qr(rng.normal(size=(n, n)))[0]
     return Q * np.logspace(0, np.log10(condition), n) @ Q.T
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """Programs for one device, where factors of one size are stepped together; the tests' processes have eight."""
+    monkeypatch.setattr(kronecker, "on_one_device", lambda: True)
 
 
 @functools.cache
@@ -105,7 +112,7 @@ EVERY = ("dense x diagonal", "padded blocks")  # layouts that all geometries are
     ("layout", "geometry"),
     [(layout, geometry) for layout in LAYOUTS for geometry in (GEOMETRIES if layout in EVERY else ("PRO", "EQ"))],
 )
-def test_steps_are_those_of_the_reference(layout, geometry, newton):
+def test_steps_are_those_of_the_reference(one_device, layout, geometry, newton):
     """Three updates with two probes: the first starts from the initial scale, the others from what came of it."""
     shape, options = LAYOUTS[layout]
     family, structure = Kron(geometry, damping=0.0, **options), structure_of(shape)
@@ -145,6 +152,34 @@ def test_steps_are_those_of_the_reference(layout, geometry, newton):
         applied = reference.kron_precondition("EQ", theirs, g.reshape(sizes).astype(float))
         out = apply(family, structure, state, {"w": jnp.asarray(g)})["w"]
         close(np.asarray(out).reshape(sizes), applied, 1e-5)
+
+
+@pytest.mark.parametrize("geometry", ["PRO", "QEP", "EQ"])
+@pytest.mark.parametrize("newton", [False, True])
+def test_factors_that_are_stepped_together_are_those_that_are_stepped_apart(monkeypatch, geometry, newton):
+    """Blocks of one size from several sides and buckets, diagonal sides, and padding."""
+    rng, family = np.random.default_rng(0), Kron(geometry, block_size=4, max_skew=1.0)
+    params = {
+        "a": jnp.zeros((8, 7)),
+        "b": jnp.zeros((12, 8)),
+        "c": jnp.zeros(7),
+        "d": jnp.zeros((3, 8, 7)),
+        "e": jnp.zeros(()),
+    }
+    structure = Structure.of(params, {"a": 0, "b": 0, "c": 0, "d": 1, "e": 0})
+    draw = lambda: jax.tree.map(lambda p: jnp.asarray(rng.normal(size=(2, *p.shape)), jnp.float32), params)
+    pairs = [(draw() if newton else None, draw()) for _ in range(2)]
+    pairs[1][1]["b"] = pairs[1][1]["b"].at[0, 0, 0].set(jnp.nan)  # one tensor is left as it was
+    found = []
+    for together in (False, True):
+        monkeypatch.setattr(kronecker, "on_one_device", lambda together=together: together)
+        step = jax.jit(lambda state, pair: family.fit(structure, state, *pair, KEY, jnp.float32(0.3)))
+        state = family.init(structure)
+        for pair, failed in zip(pairs, (0, 1), strict=True):
+            state, failures = step(state, pair)
+            assert failures == failed
+        found.append(state)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), *found)
 
 
 def test_a_stack_is_its_members():
@@ -449,6 +484,9 @@ def test_factors_are_spread_over_the_mesh_where_that_divides():
         (lambda: Kron(max_skew=-1.0), r"Kron\(max_skew\) should be at least 0.0, not -1.0"),
         (lambda: Kron(beyond="dense"), r"Kron\(beyond\) should be one of"),
         (lambda: Kron("EQ", dtype="bfloat16"), r"Kron\(dtype='bfloat16'\) rounds the steps of geometry='EQ' away"),
+        (lambda: Kron(order="2nd", lipschitz_decay=0.5), r"Kron\(lipschitz_decay=0.5\) is that of the running bound"),
+        (lambda: XMat(lipschitz_decay=0.5), r"XMat\(lipschitz_decay=0.5\) .* order='2nd' has none"),
+        (lambda: LowRank(0, seed=1), r"LowRank\(seed=1\) is that of the random V"),
         (lambda: Kron(damping=-1.0), r"Kron\(damping\) should be at least 0.0"),
         (lambda: Affine(lipschitz_decay=1.0), r"Affine\(lipschitz_decay\) should be at least 0.0 and below 1.0"),
         (lambda: Kron(initial_scale=0.0), r"Kron\(initial_scale\) should be above 0.0"),
@@ -458,6 +496,21 @@ def test_factors_are_spread_over_the_mesh_where_that_divides():
 def test_bad_options_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [
+        (Affine, "min_ndim"),
+        (Affine, "merge"),
+        (Affine, "beyond"),
+        (Elementwise, "precision"),
+        (XMat, "precision"),
+    ],
+)
+def test_options_of_other_families_are_refused(family, option):
+    with pytest.raises(TypeError, match=option):
+        family(**{option: 1})
 
 
 def test_complex_parameters_are_named():

@@ -161,11 +161,34 @@ def test_rosenbrock_in_100_dimensions(seed):
         (dict(clip_global_norm=0.0), r"psgd\(clip_global_norm\)"),
         (dict(style="adamw"), r"psgd\(style\) should be one of 'unit', 'adam', not 'adamw'. Did you mean 'adam'"),
         (dict(b1=0.0, nesterov=True), r"psgd\(nesterov=True\) looks ahead along a moving average"),
+        (dict(b1=0.0, style="adam"), r"psgd\(style='adam'\) scales by the RMS of a moving average"),
+        (dict(b1=0.0, mu_dtype="bfloat16"), r"psgd\(mu_dtype\) is that of a moving average"),
+        (dict(mask=lambda params: params), r"psgd\(mask\) says which parameters decay"),
     ],
 )
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         optim.psgd(**options)
+
+
+@pytest.mark.parametrize("options", [{}, dict(weight_decay=0.1, clip_global_norm=1.0, style="adam", nesterov=True)])
+def test_hyperparameters_are_injected(options):
+    """optax makes arrays of all numbers, which are traced."""
+    c = state_with(1.0, PARAMS)
+    found = []
+    for tx in (optax.inject_hyperparams(optim.psgd)(learning_rate=1e-2, **options), optim.psgd(1e-2, **options)):
+        state, update = jax.jit(tx.init)(PARAMS), jax.jit(tx.update)
+        for _ in range(2):
+            updates, state = update(PARAMS, state, PARAMS, curvature=c)
+        found.append(updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), *found)
+
+
+def test_parameters_without_entries_stay_empty():
+    params = PARAMS | {"none": jnp.zeros((0, 4))}
+    tx, c = optim.psgd(1e-2), state_with(1.0, params)
+    updates, _ = tx.update(params, tx.init(params), params, curvature=c)
+    assert updates["none"].shape == (0, 4) and np.all(np.isfinite(updates["a"]))
 
 
 def test_a_missing_or_other_curvature_is_named():

@@ -15,7 +15,7 @@ from flax import nnx
 
 from curvtrain import optim
 from curvtrain.curvature.psgd.geometry import direction_bound, spectral_bound
-from curvtrain.optim.psgd_dropin import _KronOfAxes
+from curvtrain.optim.psgd_families import KronOfAxes
 from tests.curvature import psgd_reference as ref
 
 NAMES = ("xmat", "low_rank_approximation", "affine", "kron")
@@ -618,9 +618,9 @@ def test_affine_layout():
 def test_kron_noise():
     """3e-4 of the mean size of each copy's gradients, which bounds the P of rows without any; none with products."""
     h = jnp.array([[[1.0, 2.0, 0.0], [100.0, 200.0, 0.0]]])  # (k, L, n)
-    noise = _KronOfAxes().noisy(KEY, h) - h
+    noise = KronOfAxes().noisy(KEY, h) - h
     np.testing.assert_allclose(np.abs(noise), [[[3.45e-4] * 3, [3.45e-2] * 3]], rtol=0.05)
-    np.testing.assert_allclose(_KronOfAxes(whitens=False).noisy(KEY, h), h, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(KronOfAxes(whitens=False).noisy(KEY, h), h, rtol=1e-6, atol=1e-8)
 
 
 def test_scanned_layers():
@@ -914,3 +914,33 @@ def test_nothing_is_printed_and_nothing_is_switched(capsys):
     opt.update(vectors(1), opt.init(PARAMS), PARAMS)
     assert capsys.readouterr() == ("", "")
     assert (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision) == before
+
+
+SHAPES = {"a": jnp.ones((3, 4)), "b": jnp.ones(4), "none": jnp.zeros((0, 4))}
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (optim.kron, dict(max_size_triangular=3)),
+        (optim.xmat, dict(precond_init_scale=2.0)),
+        (optim.affine, dict(max_skew_triangular=1)),
+        (optim.low_rank_approximation, dict(uvd_rank_of_approximation=3)),
+    ],
+)
+def test_hyperparameters_are_injected(make, options):
+    """Options that shapes depend on are fixed by `init`; all others may change, and are traced."""
+    options = dict(learning_rate=1e-2, preconditioner_update_probability=1.0, weight_decay=0.1, **options)
+    found = []
+    for tx in (optax.inject_hyperparams(make)(**options), make(**options)):
+        updates, _ = jax.jit(tx.update)(SHAPES, tx.init(SHAPES), SHAPES)
+        assert updates["none"].shape == (0, 4)
+        found.append(updates)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *found)
+
+
+def test_a_shape_that_is_traced_is_named():
+    tx = optax.inject_hyperparams(optim.affine)(learning_rate=1e-2, max_size_triangular=3)
+    with pytest.raises(TypeError, match=r"affine\(max_size_triangular\) decides on the shapes .* static_args="):
+        jax.jit(tx.init)(SHAPES)
+    jax.eval_shape(optax.inject_hyperparams(optim.affine)(learning_rate=1e-2).init, SHAPES)  # defaults are known

@@ -36,6 +36,7 @@ PyTree = Any
 ORDERS = ("bounded", "2nd", "1st")
 PRECISIONS = ("default", "high", "highest", "float32", "tensorfloat32", "bfloat16")
 TINY = float(jnp.finfo(jnp.float32).tiny)
+DECAY = 0.9
 _LONGEST = 0.99  # a step of 1 may take a factor to zero, from where none comes back
 
 
@@ -97,14 +98,12 @@ class Preconditioner(abc.ABC):
       damping: of the observations, h + (damping + eps |h|) noise, so that P is bounded where they vanish.
       initial_scale: of P; None chooses it, at the first observation, so that P fits it as a multiple of I.
       lipschitz_decay: beta; 0 uses the present bound l alone.
-      precision: of the matrix products, as in `jax.default_matmul_precision`.
     """
 
     _: dataclasses.KW_ONLY
     damping: float = 1e-9
     initial_scale: float | None = None
-    lipschitz_decay: float = 0.9
-    precision: str = "highest"
+    lipschitz_decay: float = DECAY
 
     def __post_init__(self):
         name = type(self).__name__
@@ -112,7 +111,6 @@ class Preconditioner(abc.ABC):
         _checks.number_in(f"{name}(lipschitz_decay)", self.lipschitz_decay, 0.0, 1.0, open_high=True)
         if self.initial_scale is not None:
             _checks.number_in(f"{name}(initial_scale)", self.initial_scale, 0.0, open_low=True)
-        _checks.one_of(f"{name}(precision)", self.precision, PRECISIONS)
 
     @abc.abstractmethod
     def init(self, structure: Structure) -> PyTree:
@@ -151,29 +149,71 @@ class Preconditioner(abc.ABC):
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
         return [("all parameters", type(self).__name__, size)]
 
-    def noisy(self, key: jax.Array, h: PyTree) -> PyTree:
+    def mixes(self) -> bool:
+        """Whether P of one parameter depends on the others."""
+        return False
+
+    def with_precision(self, precision: str) -> "Preconditioner":
+        """The same with matrix products of this precision; itself if it has none."""
+        return self
+
+    def damped(self, h: jax.Array, seed: jax.Array) -> jax.Array:
         """h + (damping + eps |h|) noise, with random signs as the noise."""
         if not self.damping:
             return h
-        eps = jnp.finfo(jnp.float32).eps
+        return h + (self.damping + float(jnp.finfo(jnp.float32).eps) * jnp.abs(h)) * signs(seed, h.shape)
+
+    def noisy(self, key: jax.Array, h: PyTree) -> PyTree:
+        """`damped` for every leaf, with seeds from a random key."""
         leaves, treedef = jax.tree.flatten(h)
         seeds = jax.random.bits(key, (len(leaves),))
-        damped = lambda h, seed: h + (self.damping + eps * jnp.abs(h)) * signs(seed, h.shape)
-        return treedef.unflatten([damped(h, seed) for h, seed in zip(leaves, seeds, strict=True)])
+        return treedef.unflatten([self.damped(a, seed) for a, seed in zip(leaves, seeds, strict=True)])
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixPreconditioner(Preconditioner):
+    """A family whose work is made of matrix products.
+
+    Attributes:
+      precision: of the matrix products, as in `jax.default_matmul_precision`.
+    """
+
+    _: dataclasses.KW_ONLY
+    precision: str = "highest"
+
+    def __post_init__(self):
+        super().__post_init__()
+        _checks.one_of(f"{type(self).__name__}(precision)", self.precision, PRECISIONS)
+
+    def with_precision(self, precision):
+        return dataclasses.replace(self, precision=precision)
+
+
+def check_order(name: str, order: str, decay: float) -> None:
+    """Raises ValueError for an unknown order, and for a decay of a running bound that the order does not have."""
+    _checks.one_of(f"{name}(order)", order, ORDERS)
+    if order != "bounded" and decay != DECAY:
+        raise ValueError(
+            f"{name}(lipschitz_decay={decay}) is that of the running bound of order='bounded', and order={order!r} has "
+            f"none. Leave one of them out."
+        )
 
 
 def signs(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """+1 or -1 for every entry, from a hash of its indices and a uint32 seed.
+    """+1 or -1 for every entry, from a hash of its index and a uint32 seed.
 
-    For noise that is too small to matter but for its being there: a tenth of the time of a random generator, and every
+    The noise only needs to be there, so a hash suffices: it takes a tenth of the time of a random generator, and every
     shard makes its own.
     """
-    mixed = jnp.broadcast_to(seed.astype(jnp.uint32), shape)
-    for axis in range(len(shape)):
-        mixed = (mixed ^ jax.lax.broadcasted_iota(jnp.uint32, shape, axis)) * jnp.uint32(0x9E3779B1)
-        mixed = mixed ^ (mixed >> 15)
-    mixed = mixed * jnp.uint32(0x85EBCA77)
-    return jnp.where(mixed >> 31, 1.0, -1.0)
+    mixed, stride = seed.astype(jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        if shape[axis] > 1:
+            factor = jnp.uint32((stride * 0x9E3779B1) % 2**32)
+            mixed = mixed + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * factor
+        stride *= shape[axis]
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
+    mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.broadcast_to(jnp.where(mixed >> 31, 1.0, -1.0), shape)
 
 
 def running_bound(L: jax.Array, present: jax.Array, decay: float) -> jax.Array:
@@ -206,7 +246,7 @@ def initial_scale(
 
 def _largest(h: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:
     """max |h|, which keeps a fourth power from overflow."""
-    return jnp.maximum(jnp.max(jnp.abs(h), axis=axes, keepdims=True), TINY)
+    return jnp.maximum(jnp.max(jnp.abs(h), axis=axes, keepdims=True, initial=0.0), TINY)
 
 
 def initial_scale_of_all(v: PyTree | None, h: PyTree) -> jax.Array:

@@ -16,14 +16,14 @@ from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
 from curvtrain.curvature.mesh import axes_for, spec_for
-from curvtrain.curvature.psgd.base import Preconditioner, accept, choose, initial_scale
+from curvtrain.curvature.psgd.base import MatrixPreconditioner, accept, choose, initial_scale
 from curvtrain.curvature.psgd.geometry import GEOMETRIES, step_dense
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense(Preconditioner):
+class Dense(MatrixPreconditioner):
     """P of all parameters at once: n^2 numbers and, in most geometries, O(n^3) work per step.
 
     Attributes:
@@ -39,6 +39,9 @@ class Dense(Preconditioner):
         super().__post_init__()
         _checks.one_of("Dense(geometry)", self.geometry, GEOMETRIES)
         _checks.positive_int("Dense(max_size)", self.max_size)
+
+    def mixes(self):
+        return True
 
     def init(self, structure):
         n = structure.size

@@ -20,7 +20,8 @@ from curvtrain.curvature.psgd.base import Preconditioner, Structure
 from curvtrain.curvature.psgd.elementwise import Elementwise
 from curvtrain.curvature.psgd.frequency import RULES, Annealed, is_due
 from curvtrain.curvature.psgd.kron import Kron
-from curvtrain.objective import Objective
+from curvtrain.curvature.psgd.kronecker import Kronecker
+from curvtrain.objective import Objective, Path, by_path
 
 PyTree = Any
 Number = float | Callable[[jax.Array], jax.Array | float]
@@ -33,7 +34,7 @@ _FIT = 2  # folded into a step's key, so that the fit's noise is not the model's
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FittedPreconditioner(Estimate):
-    """P ~ |H|^-1, or (E g g^T)^(-1/2): no curvature with a damping, but what multiplies gradients.
+    """P ~ |H|^-1, or (E g g^T)^(-1/2): a matrix that multiplies gradients as it is, without a damping.
 
     Attributes:
       state: what the family of the preconditioner keeps.
@@ -60,12 +61,17 @@ class FittedPreconditioner(Estimate):
     def like(self) -> PyTree:
         return jax.eval_shape(self.structure.like)
 
+    def groups(self) -> tuple[tuple[Path, ...], ...]:
+        """Each parameter by itself, or all of them together where the family mixes them."""
+        paths = tuple(by_path(self.like()))
+        return (paths,) if self.preconditioner.mixes() else tuple((path,) for path in paths)
+
     def apply(self, vector: PyTree) -> PyTree:
         """P v, for a vector shaped like the parameters; float32."""
         return self.preconditioner.apply(self.structure, self.state, trees.float32(vector))
 
     def invert(self, vector: PyTree) -> PyTree:
-        """P^-1 v."""
+        """P^-1 v, for a vector shaped like the parameters; float32."""
         return self.preconditioner.invert(self.structure, self.state, trees.float32(vector))
 
     def as_matrix(self) -> jax.Array:
@@ -117,7 +123,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         _checks.one_of("PSGD(fit)", self.fit, FITS)
         if not callable(self.rate):
             _checks.number_in("PSGD(rate)", self.rate, 0.0, 1.0, open_low=True)
-            if isinstance(self.family, Kron) and self.family.dtype == "bfloat16" and self.rate < 0.1:
+            if isinstance(self.family, Kronecker) and self.family.dtype == "bfloat16" and self.rate < 0.1:
                 raise ValueError(
                     f"PSGD(rate={self.rate}) makes steps below the resolution of factors in bfloat16. Use a rate of at "
                     f"least 0.1, or dtype='float32'."
@@ -134,6 +140,11 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         if not callable(self.update_probability):
             _checks.number_in("PSGD(update_probability)", self.update_probability, 0.0, 1.0)
         _checks.one_of("PSGD(rule)", self.rule, RULES)
+        if self.rule != RULES[0] and self._always:
+            raise ValueError(
+                f"PSGD(rule={self.rule!r}) chooses among calls of update, and update_probability=1 takes them all. "
+                f"Leave it out, or lower update_probability."
+            )
         if self.memory_limit is not None:
             _checks.positive_int("PSGD(memory_limit)", self.memory_limit)
 
@@ -153,11 +164,10 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         """Shapes of the parameters, and which of their axes count the layers of an `nnx.scan`."""
         if objective is None or not objective.has_outputs:
             return Structure.of(params)
-        stacks = {}
+        counts = {}
         for layer in cover(objective, params, "PSGD", uncovered="diagonal").layers:
-            stacks |= {(*layer.path, name): len(layer.stack) for name, _ in layer.shapes}
-        of = lambda path, _: stacks.get(tuple(k.key for k in path), 0)
-        return Structure.of(params, jax.tree_util.tree_map_with_path(of, params))
+            counts |= {(*layer.path, name): len(layer.scan_axes) for name, _ in layer.shapes}
+        return Structure.of(params, [counts.get(path, 0) for path in by_path(params)])
 
     def init(self, objective, params) -> FittedPreconditioner:
         structure = self.structure(objective, params)
@@ -177,32 +187,29 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
     def update(
         self, curvature: FittedPreconditioner, objective, params, batch, key, *, grads=None
     ) -> FittedPreconditioner:
-        c, observed, mean = curvature, None, curvature.mean
-        if self.fit == "gradient":
-            observed = trees.float32(objective.value_and_grad(params, batch, key)[1] if grads is None else grads)
-            if self.momentum:
-                beta = jnp.minimum(c.calls / (c.calls + 1), self.momentum)
-                fine = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(observed)]).all()
-                move = lambda m, g: jnp.where(fine, beta * m + (1 - beta) * g, m)
-                observed = mean = jax.tree.map(move, mean, observed)
-        noise = jax.random.fold_in(key, _FIT)
+        c, mean = curvature, curvature.mean
+        if self.momentum:  # an average needs the gradient of every call
+            mean = self._moved(c, self._gradient(objective, params, batch, key, grads))
 
         def fit(state):
-            if observed is None:
+            noise = jax.random.fold_in(key, _FIT)
+            if self.fit == "gradient":
+                observed = mean if self.momentum else self._gradient(objective, params, batch, key, grads)
+                v, h = None, jax.tree.map(lambda a: a[None], observed)
+            else:
                 v = trees.normal(jax.random.fold_in(noise, 1), params, self.probes)
                 h = jax.vmap(matvec(self.fit, objective, params, batch, key))(v)
-            else:
-                v, h = None, jax.tree.map(lambda a: a[None], observed)
             rate = jnp.float32(self.rate(c.fits) if callable(self.rate) else self.rate)
             return self.family.fit(c.structure, state, v, h, noise, rate)
 
-        probability = self.update_probability
-        if probability == 1.0:
+        if self._always:
             due = True
             state, bad = fit(c.state)
-        else:
+        else:  # all that only a fit needs is computed inside of the branch
+            probability = self.update_probability
             p = jnp.float32(probability(c.calls) if callable(probability) else probability)
-            due = is_due(self.rule, p, c.calls, c.waited, jax.random.fold_in(noise, 2))
+            chance = jax.random.fold_in(jax.random.fold_in(key, _FIT), 2)
+            due = is_due(self.rule, p, c.calls, c.waited, chance)
             state, bad = jax.lax.cond(due, fit, lambda state: (state, jnp.int32(0)), c.state)
         return dataclasses.replace(
             c,
@@ -213,6 +220,21 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
             fits=c.fits + jnp.asarray(due, jnp.int32),
             failures=c.failures + bad,
         )
+
+    @property
+    def _always(self) -> bool:
+        """Whether every call fits, and the program needs no branch."""
+        p = self.update_probability
+        return not (callable(p) or isinstance(p, jax.Array)) and p == 1
+
+    def _gradient(self, objective, params, batch, key, grads: PyTree) -> PyTree:
+        return trees.float32(objective.value_and_grad(params, batch, key)[1] if grads is None else grads)
+
+    def _moved(self, c: FittedPreconditioner, observed: PyTree) -> PyTree:
+        """The moving average after one more gradient; as it was if that is not finite."""
+        beta = jnp.minimum(c.calls / (c.calls + 1), self.momentum)
+        fine = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(observed)]).all()
+        return jax.tree.map(lambda m, g: jnp.where(fine, beta * m + (1 - beta) * g, m), c.mean, observed)
 
     def refresh(self, curvature, objective, params, batch, key, damping=None) -> FittedPreconditioner:
         """The curvature as it is."""

@@ -30,6 +30,12 @@ class Annealed:
 
     As the share of steps that fit: `PSGD(update_probability=Annealed())`, or, decided on the host,
     `CurvatureSchedule(update_every=Annealed().period)`. As the rate of the fits: `PSGD(rate=Annealed(0.5, 0.1))`.
+
+    Attributes:
+      high: the largest value, in (0, 1].
+      low: the smallest value, in (0, high].
+      decay: how fast it falls, per step.
+      flat: the step from which on it falls.
     """
 
     high: float = 1.0
@@ -47,7 +53,9 @@ class Annealed:
         """p at a step, a number or an array."""
         return jnp.clip(self.high * jnp.exp(-self.decay * (step - self.flat)), self.low, self.high)
 
-    def period(self, step: int) -> int:
-        """1 / p, rounded: the steps between two fits."""
-        falling = self.high * math.exp(-self.decay * max(step - self.flat, 0))
-        return round(1.0 / min(self.high, max(self.low, falling)))
+    def period(self, step: Any) -> Any:
+        """1 / p, rounded: the steps until the next fit. An int for an int, an int32 array for an array."""
+        if not isinstance(step, jax.Array):
+            falling = self.high * math.exp(-self.decay * max(step - self.flat, 0))
+            return round(1.0 / min(self.high, max(self.low, falling)))
+        return jnp.round(1.0 / self(step)).astype(jnp.int32)

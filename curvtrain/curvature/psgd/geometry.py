@@ -1,6 +1,6 @@
 """One step of one factor Q, in each of the geometries (the rules by which a step stays on a group of matrices).
 
-Symbols as in `base.py`. All functions take stacks, (..., d, d) or (..., d), and step each matrix by its own bound.
+Symbols as in `base.py`. All functions take matrices (..., d, d), or diagonals (..., d), and step each by its own bound.
 
 | geometry | dense factor | diagonal factor | Q stays |
 |---|---|---|---|
@@ -10,7 +10,8 @@ Symbols as in `base.py`. All functions take stacks, (..., d, d) or (..., d), and
 | QEQ | Q - sigma Q E | q (1 - sigma E) | invertible |
 | QEP | Q - sigma E Q | q (1 - sigma E) | invertible |
 
-Only EQ solves with Q; the others are made of matrix products. What "1st" takes the size of is E, of EQ triu(E).
+Only EQ solves with Q; the others are made of matrix products. The order "1st" takes the size of E, for EQ that of
+triu(E).
 """
 
 import jax
@@ -64,10 +65,10 @@ def step_diagonal(
     order: str = "bounded",
 ) -> tuple[jax.Array, jax.Array]:
     """(the new q, the new L) for q, T1, T2 of one shape, and L without the `axes` of q."""
-    present = jnp.max(T1 + T2, axis=axes)
+    present = jnp.max(T1 + T2, axis=axes, initial=0.0)
     L, E = running_bound(L, present, decay), T1 - T2
     if order == "1st":
-        present = jnp.max(jnp.abs(E), axis=axes)
+        present = jnp.max(jnp.abs(E), axis=axes, initial=0.0)
     E = jnp.expand_dims(step_length(rate, L if order == "bounded" else present), axes) * E
     return q * (jnp.square(1.0 - 0.5 * E) if geometry == "QUAD" else 1.0 - E), L
 
@@ -111,7 +112,7 @@ def direction_bound(A: jax.Array) -> jax.Array:
 
 
 def triangular_inverse(U: jax.Array) -> jax.Array:
-    """U^-1 of upper triangular matrices (L, d, d); on CPUs one after the other, see `curvature/stacks.py`."""
+    """U^-1 of upper triangular matrices (L, d, d); on CPUs one after the other, for the reasons in `stacks.py`."""
     eye = jnp.eye(U.shape[-1], dtype=U.dtype)
     solve = lambda U: jax.scipy.linalg.solve_triangular(U, jnp.broadcast_to(eye, U.shape), lower=False)
     return jax.lax.platform_dependent(U, cpu=lambda U: jax.lax.map(solve, U), default=solve)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.curvature.psgd.base import Structure
+from curvtrain.curvature.psgd.unstack import unstack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Bucket:
         """N, the number of entries of one tensor."""
         return math.prod(side.size for side in self.sides)
 
+    @property
+    def factors(self) -> int:
+        """The number of sides that have a factor."""
+        return sum(side.kind != "none" for side in self.sides)
+
     def read(self, structure: Structure, leaves: list[jax.Array]) -> jax.Array:
         """(k, count, *padded sides) of leaves with a leading axis of probes."""
         parts = []
@@ -98,15 +104,13 @@ class Bucket:
     def write(self, structure: Structure, a: jax.Array, leaves: list) -> None:
         """The inverse of `read`: fills in `leaves`."""
         a = a[(slice(None), slice(None), *(slice(side.size) for side in self.sides))]
-        start = 0
-        for member in self.members:
+        parts = unstack(a, [member.copies for member in self.members], axis=1)
+        for member, part in zip(self.members, parts, strict=True):
             shape = structure.shapes[member.leaf]
             single = shape[structure.stacks[member.leaf] :]
-            part = a[:, start : start + member.copies]
             part = part.reshape(a.shape[0], member.copies, *(single[axis] for axis in member.order))
             back = sorted(range(len(member.order)), key=member.order.__getitem__)
             leaves[member.leaf] = part.transpose(0, 1, *(2 + axis for axis in back)).reshape(a.shape[0], *shape)
-            start += member.copies
 
 
 def consecutive(shape: tuple[int, ...]) -> tuple[int, ...]:

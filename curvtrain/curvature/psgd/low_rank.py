@@ -25,11 +25,11 @@ from jax.sharding import PartitionSpec
 from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.psgd.base import (
-    ORDERS,
     TINY,
-    Preconditioner,
+    MatrixPreconditioner,
     Structure,
     accept,
+    check_order,
     choose,
     initial_scale_of_all,
     running_bound,
@@ -43,7 +43,7 @@ _RESCALES = 0.01  # probability of a rescaling in the old orders
 
 
 @dataclasses.dataclass(frozen=True)
-class LowRank(Preconditioner):
+class LowRank(MatrixPreconditioner):
     """P = diag(d) (I + V U^T) (I + U V^T) diag(d) over all parameters: O(n r) memory and work.
 
     Every step fits d, and U or V, each with probability 1/2 by the key. Whitening draws its v from the key too.
@@ -68,8 +68,13 @@ class LowRank(Preconditioner):
     def __post_init__(self):
         super().__post_init__()
         _checks.positive_int("LowRank(rank)", self.rank, minimum=0)
-        _checks.one_of("LowRank(order)", self.order, ORDERS)
+        check_order("LowRank", self.order, self.lipschitz_decay)
         _checks.positive_int("LowRank(seed)", self.seed, minimum=0)
+        if not self.rank and self.seed:
+            raise ValueError(f"LowRank(seed={self.seed}) is that of the random V, and rank=0 has none. Leave it out.")
+
+    def mixes(self):
+        return True
 
     def init(self, structure):
         n = structure.size

@@ -20,10 +20,10 @@ from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
 from curvtrain.curvature.psgd.base import (
-    ORDERS,
     Preconditioner,
     Structure,
     accept,
+    check_order,
     choose,
     initial_scale,
     running_bound,
@@ -53,7 +53,10 @@ class XMat(Preconditioner):
     def __post_init__(self):
         super().__post_init__()
         _checks.one_of("XMat(pairing)", self.pairing, PAIRINGS)
-        _checks.one_of("XMat(order)", self.order, ORDERS)
+        check_order("XMat", self.order, self.lipschitz_decay)
+
+    def mixes(self):
+        return self.pairing == "flat"
 
     def init(self, structure):
         start = math.sqrt(1.0 if self.initial_scale is None else self.initial_scale)
@@ -88,7 +91,7 @@ class XMat(Preconditioner):
         a, b = old["a"], old["b"]
         axes = tuple(range(lead, a.ndim))
         flip = lambda x: jnp.flip(x, axis=tuple(range(x.ndim - len(axes), x.ndim)))
-        largest = lambda x: jnp.max(x, axis=axes, keepdims=True)
+        largest = lambda x: jnp.max(x, axis=axes, keepdims=True, initial=0.0)
         mean = lambda x: jnp.mean(x, axis=0)
         if self.initial_scale is None:
             scale = initial_scale(v, exact, (0, *(axis + 1 for axis in axes)))
