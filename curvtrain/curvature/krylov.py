@@ -63,10 +63,10 @@ Select = Callable[[jax.Array, jax.Array], jax.Array]  # (theta ascending, alive)
 
 
 def ritz(krylov: Krylov, select: Select) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The wanted Ritz pairs: values (w,), coordinates Y (m, w) in the basis, residual norms |A u - theta u| (w,).
+    """Returns the wanted Ritz pairs: values (w,), coordinates Y (m, w) in the basis, residual norms |A u - theta u| (w,).
 
-    The residual costs nothing: A u - theta u is the part of A Q^T y that is orthogonal to the basis. Its norm is at most
-    sum_j |y_j| leak_j, with equality when only the last column leaks.
+    The residual costs nothing: A u - theta u is the part of A Q^T y that is orthogonal to the basis. Its norm is at
+    most sum_j |y_j| leak_j, with equality when only the last column leaks.
     """
     m = krylov.T.shape[0]
     alive = jnp.arange(m) < krylov.s
