@@ -118,9 +118,7 @@ def show(title: str, results: dict[str, Any]) -> None:
     print(f"\n== {title}")
     alone = results.get("1", {})
     for name in next(iter(results.values())):
-        rows: list[tuple[str, ...]] = [
-            ("devices", "parameters", "optimizer", "curvature", "/ even share", "program", "MFLOP", "d^3", "sent")
-        ]
+        rows: list[tuple[str, ...]] = [("devices", "parameters", "optimizer", "curvature", "/ even share", "program", "MFLOP", "d^3", "sent")]
         for devices, found in results.items():
             state, plain = found[name]["state"], found["Adam"]["programs"]["train"]["sent"] if "Adam" in found else {}
             each = [state.get(part, (0, 0)) for part in ("params", "opt_state", "curvature")]

@@ -63,7 +63,7 @@ Select = Callable[[jax.Array, jax.Array], jax.Array]  # (theta ascending, alive)
 
 
 def ritz(krylov: Krylov, select: Select) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the wanted Ritz pairs: values (w,), coordinates Y (m, w) in the basis, residual norms |A u - theta u| (w,).
+    """Returns the wanted Ritz pairs: values (w,), coordinates Y (m, w) in the basis, norms of A u - theta u (w,).
 
     The residual costs nothing: A u - theta u is the part of A Q^T y that is orthogonal to the basis. Its norm is at
     most sum_j |y_j| leak_j, with equality when only the last column leaks.
