@@ -18,15 +18,20 @@ PyTree = Any
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Eigenpairs(Curvature):
-    """Extreme eigenpairs with their residuals. As a matrix it is the span of the converged ones, and zero elsewhere.
+    """Extreme eigenpairs with their residuals.
+
+    As a matrix it is C = sum_i lambda_i v_i v_i^T over the converged pairs, signs included, and zero elsewhere. C has
+    low rank, so C + damping I is invertible only for a damping that is not zero, and `solve`, `power` and `logdet` take
+    a positive one. A damping whose value is known and not positive raises ValueError, be it a number or an array; one
+    that is traced makes the result NaN.
 
     Attributes:
       values: float32 (k + l,): the k largest, descending, then the l smallest, ascending (with `select="magnitude"`:
         by descending magnitude). Zeros before the first refresh.
       vectors: float32 pytree like the parameters, every leaf (k + l, *param.shape).
       residuals: float32 (k + l,): |C v_i - lambda_i v_i|; inf before the first refresh.
-      converged: bool (k + l,): residual small enough to be used; the others count for nothing in any operation. Unless
-        given, residual <= 0.1 |value|, as `Lanczos` has it by default.
+      converged: bool (k + l,): whether the residual is small enough for the pair to be used; other pairs are ignored
+        by every operation. Unless given, residual <= 0.1 |value|, as `Lanczos` has it by default.
       refreshes: int32 (): refreshes so far.
       products: int32 (): curvature-vector products that the last refresh spent.
       failures: int32 (): refreshes that came out non-finite; the last good pairs were kept.
@@ -63,21 +68,20 @@ class Eigenpairs(Curvature):
     def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
         """(C + damping I)^-1 v = v / damping + V^T ((lambda + damping)^-1 - damping^-1) V v.
 
-        C has rank k + l at most, so `damping` should be positive; a non-positive number raises ValueError.
+        Along an eigenvector it is 1 / (lambda + damping), whatever the sign. Raises ValueError unless damping > 0.
         """
-        if isinstance(damping, int | float) and damping <= 0:
-            raise ValueError(f"Eigenpairs.solve(damping) should be positive (C has low rank), not {damping}.")
+        damping = _positive("solve", damping)
         inverse = 1.0 / (self.values + damping) - 1.0 / damping
         inside = self.combine(jnp.where(self.converged, inverse, 0.0) * self.coefficients(vector))
         return trees.add(trees.scale(1.0 / damping, trees.float32(vector)), inside)
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
-        """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors."""
-        if exponent == -1.0:
-            return self.solve(vector, damping)
-        if isinstance(damping, int | float) and damping <= 0:
-            raise ValueError(f"Eigenpairs.power(damping) should be positive (C has low rank), not {damping}.")
-        outside = jnp.float32(damping) ** exponent
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
+        """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors.
+
+        It is NaN where lambda + damping is negative and the exponent no integer. Raises ValueError unless damping > 0.
+        """
+        damping = _positive("power", damping)
+        outside = damping**exponent
         inside = (self.values + damping) ** exponent - outside
         inside = self.combine(jnp.where(self.converged, inside, 0.0) * self.coefficients(vector))
         return trees.add(trees.scale(outside, trees.float32(vector)), inside)
@@ -92,9 +96,10 @@ class Eigenpairs(Curvature):
         return jax.tree.map(lambda v: jnp.tensordot(values, jnp.square(v), axes=1), self.vectors)
 
     def logdet(self, damping: jax.Array | float) -> jax.Array:
-        """log |det(C + damping I)|, outside the eigenvectors that of damping I."""
+        """log |det(C + damping I)|: n log(damping), corrected for the pairs. Raises ValueError unless damping > 0."""
+        damping = _positive("logdet", damping)
         inside = jnp.where(self.converged, jnp.log(jnp.abs(self.values + damping)) - jnp.log(damping), 0.0)
-        return trees.size(self.like()) * jnp.log(jnp.float32(damping)) + jnp.sum(inside)
+        return trees.size(self.like()) * jnp.log(damping) + jnp.sum(inside)
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and smallest value, worst relative residual of the used pairs, how many are used, products spent."""
@@ -108,3 +113,15 @@ class Eigenpairs(Curvature):
             "products": self.products,
             "failures": self.failures,
         }
+
+
+def _positive(method: str, damping: jax.Array | float) -> jax.Array:
+    """The damping as a float32 scalar, NaN if it is not positive. Raises ValueError if that is known already."""
+    try:
+        refused = bool(jnp.asarray(damping) <= 0)
+    except jax.errors.ConcretizationTypeError:
+        refused = False
+    if refused:
+        raise ValueError(f"Eigenpairs.{method}(damping) should be positive (C has low rank), not {damping}.")
+    damping = jnp.asarray(damping, jnp.float32)
+    return jnp.where(damping > 0, damping, jnp.nan)

@@ -1,16 +1,18 @@
 """A Krylov basis of a symmetric linear map on pytrees, by Lanczos iteration with full re-orthogonalisation.
 
+Everything here is done to every leaf of a vector, so its caller packs vectors into few (`packing.py`).
+
 Symbols, after Golub and Van Loan (2013), "Matrix computations", section 10.3:
 
 | symbol | shape | meaning |
 |---|---|---|
 | A | | the symmetric map, known through `matvec` |
-| Q | (m, *param.shape) | orthonormal basis vectors q_0 ... q_{s-1}, then zeros; kept in a few blocks of rows |
+| Q | (m, *shape) | orthonormal basis vectors q_0 ... q_{s-1}, then zeros; kept in a few blocks of rows |
 | T | (m, m) | Q A Q^T, the projected map; tridiagonal except where the iteration was restarted |
 | s | () | vectors in the basis = products with A that were spent |
 | theta, Y | (m,), (m, m) | eigenpairs of T: Ritz values, and Ritz vectors Y^T Q |
-| beta | () | norm of what A q_{s-1} has outside the basis |
-| leak | (m,) | the same for every column: non-zero for the last one, and where a restart dropped it |
+| beta | () | norm of the part of A q_{s-1} that is orthogonal to the basis |
+| leak | (m,) | the same norm for every column: non-zero for the last one, and where a restart dropped that part |
 
 What textbook Lanczos gets wrong in float32, and what is done here:
 
@@ -61,10 +63,10 @@ Select = Callable[[jax.Array, jax.Array], jax.Array]  # (theta ascending, alive)
 
 
 def ritz(krylov: Krylov, select: Select) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The wanted Ritz pairs: values (w,), coordinates Y (m, w) in the basis, residual norms |A u - theta u| (w,).
+    """Returns the wanted Ritz pairs: values (w,), coordinates Y (m, w) in the basis, norms of A u - theta u (w,).
 
-    The residual costs nothing: A u - theta u is what A Q^T y has outside the basis, of norm <= sum_j |y_j| leak_j,
-    with equality when only the last column leaks.
+    The residual costs nothing: A u - theta u is the part of A Q^T y that is orthogonal to the basis. Its norm is at
+    most sum_j |y_j| leak_j, with equality when only the last column leaks.
     """
     m = krylov.T.shape[0]
     alive = jnp.arange(m) < krylov.s
@@ -138,7 +140,7 @@ def iterate(
 
         following = jax.lax.cond(restart, fresh, lambda _: trees.scale(1.0 / beta, w), None)
         return _Carry(
-            # unless it is dropped, what the column has outside is the next basis vector; the last one stays outside
+            # the part outside the basis becomes the next basis vector, unless a restart drops it or this is the last
             krylov=Krylov(Q, k.T, k.leak.at[i].set(jnp.where(restart | done | (k.s >= limit), beta, 0.0)), k.s),
             q=following,
             previous=q,
@@ -172,7 +174,7 @@ class _Carry:
     """The state of the iteration after s products."""
 
     krylov: Krylov
-    q: PyTree  # the vector that the next product takes: what will be row s of Q
+    q: PyTree  # the vector that the next product takes, and the future row s of Q
     previous: PyTree  # row s - 1
     beta: jax.Array  # <q, A previous>: zero after a restart
     look_at: jax.Array  # s at which the residuals are looked at next
@@ -182,7 +184,7 @@ class _Carry:
 
 
 def _orthogonalise(w, q, previous, beta, Q, i):
-    """A q_i less its components on q_0 ... q_i, those components, and its length then: (w, column of T, |w|)."""
+    """Returns (w, column of T, |w|): A q_i less its components on q_0 ... q_i, these components, its new length."""
     alpha = trees.dot(q, w)
     w = jax.tree.map(lambda w, q, p: w - alpha * q - beta * p, w, q, previous)  # three-term recurrence
     index = jnp.arange(sum(map(_rows, Q)))
@@ -192,9 +194,9 @@ def _orthogonalise(w, q, previous, beta, Q, i):
 
 
 def _orthogonal(w, Q, live):
-    """w less its components on the rows of the blocks up to `live`: (what is left, the components (m,), its length).
+    """Returns (w less its components on the rows of the blocks up to `live`, these components (m,), its new length).
 
-    One pass of classical Gram-Schmidt, and a second one if the first removed a noticeable part.
+    It takes one pass of classical Gram-Schmidt, and a second one if the first removed a noticeable part.
     """
     rows = sum(map(_rows, Q))
 

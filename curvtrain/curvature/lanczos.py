@@ -79,10 +79,15 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
                     f"Lanczos(m) should be at least k + l = {self.k + self.l}, not {self.m}: the Krylov space has to "
                     f"hold the eigenvectors. The default is 4 (k + l) = {4 * (self.k + self.l)}."
                 )
+        for name in ("k", "l", "m"):  # estimators are hashed, and arrays cannot be
+            value = getattr(self, name)
+            object.__setattr__(self, name, value if value is None else int(value))
         _checks.one_of("Lanczos(product)", self.product, products.PRODUCTS)
         _checks.one_of("Lanczos(select)", self.select, SELECTIONS)
         _checks.number_in("Lanczos(tol)", self.tol, 0.0)
         _checks.number_in("Lanczos(stop)", self.stop, 0.0)
+        for name in ("tol", "stop"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     def init(self, objective: Objective | None, params: PyTree) -> Eigenpairs:
         if self.product == "ggn" and objective is not None:

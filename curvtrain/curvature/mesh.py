@@ -17,7 +17,7 @@ SMALLEST = 1024  # numbers; an array with fewer is not split: gathering it costs
 
 
 def axes_for(shape: Mapping[str, int], count: int) -> tuple[str, ...]:
-    """The axes of a mesh over which so many things are split evenly: those of the most devices."""
+    """Chooses the axes of a mesh that span the most devices among those that divide `count` evenly."""
     names = [axis for axis, size in shape.items() if size > 1]
     options = [o for r in range(len(names), 0, -1) for o in itertools.combinations(names, r)]
     size = lambda option: math.prod(shape[axis] for axis in option)
@@ -25,12 +25,12 @@ def axes_for(shape: Mapping[str, int], count: int) -> tuple[str, ...]:
 
 
 def spec_for(axes: tuple[str, ...], position: int = 0) -> PartitionSpec:
-    """Of an array one of whose axes is split over these axes of the mesh."""
+    """The spec of an array whose axis `position` is split over these axes of the mesh."""
     return PartitionSpec(*[None] * position, axes if len(axes) > 1 else axes[0]) if axes else PartitionSpec()
 
 
 def spread_spec(mesh: Mapping[str, int], shape: Sequence[int]) -> PartitionSpec:
-    """Of an array that is nobody's copy: split along the first of its axes that a part of the mesh divides."""
+    """The spec of an array that mirrors no parameter: it is split along the first axis that mesh axes divide."""
     if math.prod(shape) < SMALLEST:
         return PartitionSpec()
     options = ((axes_for(mesh, length), position) for position, length in enumerate(shape))

@@ -17,6 +17,23 @@ from curvtrain.objective import Objective, Path, by_path, nested, path_name
 PyTree = Any
 
 
+class _Paths(tuple):
+    """Paths of parameters, where no paths at all compare equal to any.
+
+    `optax.tree_utils.tree_map_params` initialises an optimizer with a placeholder, which has no leaves, and expects a
+    state of the same structure as that of the parameters.
+    """
+
+    def __eq__(self, other):
+        return not self or not other or tuple.__eq__(self, other)
+
+    def __ne__(self, other):
+        return not self == other
+
+    def __hash__(self):
+        return 0
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -46,7 +63,7 @@ class Request:
         damping_every: int | None = None,
     ) -> "Request":
         """The request of an optimizer that is initialised with `params`, which may have holes (`optax.masked`)."""
-        return cls(damping, optimizer, takes, tuple(by_path(params)), damping_every)
+        return cls(damping, optimizer, takes, _Paths(by_path(params)), damping_every)
 
     def with_damping(self, damping: jax.Array) -> "Request":
         """The same wishes with another damping."""

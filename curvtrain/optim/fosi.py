@@ -37,9 +37,10 @@ from curvtrain.curvature.request import Request
 from curvtrain.optim.base import require_curvature, require_params, require_transformation, transformation, vectors_for
 
 PyTree = Any
+Number = float | jax.Array
 Momentum = Callable[[jax.Array, jax.Array], jax.Array]  # (g1, vel) -> vel: elementwise and linear
 
-MOMENTA: dict[str, Callable[[float], Momentum]] = {
+MOMENTA: dict[str, Callable[[Number], Momentum]] = {
     "ema": lambda decay: lambda g1, vel: (1 - decay) * g1 + decay * vel,
     "heavy_ball": lambda decay: lambda g1, vel: g1 + decay * vel,
     # FOSI's own "Nesterov": vel is this recursion's output, so its memory decays with decay^2
@@ -59,7 +60,7 @@ class FosiState(NamedTuple):
       base: the base optimizer's state.
       velocity: float32 like the parameters, the momentum of the Newton part. It lives in parameter space, so it
         survives a refresh: the new eigenvectors see what of it lies in their span.
-      request: what is asked of whoever maintains the eigenpairs.
+      request: tells whoever maintains the eigenpairs for which parameters they are needed.
     """
 
     count: jax.Array
@@ -73,13 +74,16 @@ def fosi(
     alpha: optax.ScalarOrSchedule = 0.1,
     *,
     momentum: str | Momentum = "ema",
-    decay: float = 0.9,
-    damping: float = 1e-3,
-    learning_rate_clip: float = 1.0,
-    l: int = 0,
-    accumulator_dtype: jax.typing.DTypeLike = jnp.float32,
+    decay: Number = 0.9,
+    damping: Number = 1e-3,
+    learning_rate_clip: Number = 1.0,
+    l: int | jax.Array = 0,
+    accumulator_dtype: jax.typing.DTypeLike = "float32",  # a string: `inject_hyperparams` calls whatever is callable
 ) -> optax.GradientTransformationExtraArgs:
     """Newton steps on the eigenvectors in `curvature`, `base` on their orthogonal complement.
+
+    Every number may be an array, traced or not, so `optax.inject_hyperparams` wraps this function as it is.
+    (It takes functions for schedules: a `momentum` that is a function has to be among its `static_args`.)
 
     Before the first refresh, and for pairs that have not converged, this is `base` alone. Decoupled weight decay in
     `base` acts on the complement only; to decay all of the parameters, put the decay in the loss.
@@ -88,9 +92,9 @@ def fosi(
       base: any optax transformation; it sees the parameter pytree, so masks, partitions and per-layer rules work.
       alpha: rate of the Newton part, a number or an optax schedule. With "ema" it is the share of a Newton step taken
         per step; with "heavy_ball" the steps add up to alpha / (1 - decay).
-      momentum: of the Newton part: "ema" (to go with Adam), "heavy_ball", "nesterov", "none" (SGD), or a linear
-        elementwise function (g1, vel) -> vel. See `MOMENTA`.
-      decay: of the momentum, in [0, 1).
+      momentum: rule of the Newton part's velocity: "ema" (to go with Adam), "heavy_ball", "nesterov", "none" (SGD), or
+        a linear elementwise function (g1, vel) -> vel. See `MOMENTA`.
+      decay: share of the velocity that a step keeps, in [0, 1).
       damping: delta; inverse eigenvalues are 1 / max(|lambda|, delta max|lambda|). Negative curvature is descended
         along with its magnitude. 0 reproduces the original.
       learning_rate_clip: the base's update is multiplied by s = clip(lambda_max / lambda_k, 1, learning_rate_clip),
@@ -98,15 +102,15 @@ def fosi(
         for lambda_k if it is larger. 1 turns it off: with it, a comparison with the base at the same rate compares
         learning rates. A linear base (SGD, heavy ball) moves in the complement as it does alone, so this is all that
         it gains from the largest pairs; Adam gains without.
-      l: how many of the curvature's pairs are its smallest, as in `Lanczos(k, l)`: they do not count in s.
-      accumulator_dtype: of the velocity.
+      l: number of smallest pairs in the curvature, as in `Lanczos(k, l)`: they do not count in s.
+      accumulator_dtype: dtype of the velocity.
 
     Returns:
       A transformation whose `update` needs `curvature=Eigenpairs` and the parameters, and passes the other extra
       arguments on to `base`.
     """
     require_transformation("fosi(base)", base)
-    if not (callable(alpha) or isinstance(alpha, jax.Array)):  # an array: `optax.inject_hyperparams`
+    if not callable(alpha):
         _checks.number_in("fosi(alpha)", alpha, 0.0)
     _checks.number_in("fosi(decay)", decay, 0.0, 1.0, open_high=True)
     _checks.number_in("fosi(damping)", damping, 0.0)
@@ -166,16 +170,18 @@ def _wide(a: jax.Array) -> jax.Array:
     return a if jnp.finfo(a.dtype).bits > 32 else a.astype(jnp.float32)
 
 
-def _inverse(pairs: Eigenpairs, damping: float, clip: float, l: int) -> tuple[Eigenpairs, jax.Array, jax.Array]:
-    """(the pairs that can be inverted, d, s)."""
+def _inverse(
+    pairs: Eigenpairs, damping: Number, clip: Number, l: int | jax.Array
+) -> tuple[Eigenpairs, jax.Array, jax.Array]:
+    """Returns (the pairs that can be inverted, d, s)."""
     magnitude = jnp.abs(pairs.values)
     largest = jnp.max(magnitude, initial=0.0, where=pairs.converged)
     # a pair of zero curvature has no Newton step: it is left to the base optimizer
     usable = pairs.converged & (magnitude > jnp.finfo(jnp.float32).eps * largest)
     pairs = dataclasses.replace(pairs, converged=usable)
     d = jnp.where(usable, 1.0 / jnp.where(usable, jnp.maximum(magnitude, damping * largest), 1.0), 0.0)
-    magnitude, usable = magnitude[: magnitude.size - l], usable[: magnitude.size - l]  # the k largest
-    lambda_k = jnp.min(magnitude, initial=jnp.inf, where=usable)
-    left = jnp.max(magnitude, initial=0.0, where=~usable)  # what the base optimizer would overshoot on
-    s = jnp.clip(jnp.max(magnitude, initial=0.0, where=usable) / jnp.maximum(lambda_k, left), 1.0, clip)
+    top = jnp.arange(magnitude.size) < magnitude.size - l  # a mask, not a slice: l may be traced
+    lambda_k = jnp.min(magnitude, initial=jnp.inf, where=usable & top)
+    left = jnp.max(magnitude, initial=0.0, where=~usable & top)  # the base optimizer would overshoot on it
+    s = jnp.clip(jnp.max(magnitude, initial=0.0, where=usable & top) / jnp.maximum(lambda_k, left), 1.0, clip)
     return pairs, d, s

@@ -6,7 +6,7 @@ They carry the curvature in their own state and estimate it from the fixed `batc
 original does. New programs are better served by `optim.fosi` with a `Trainer` or with `optim.self_contained`, which
 see a fresh batch at every refresh and pay nothing between refreshes.
 
-What differs from the original: eigenvectors warm-start from the previous ones, unconverged pairs are left to the base
+Differences from the original: eigenvectors warm-start from the previous ones, unconverged pairs are left to the base
 optimizer, `update_ese(..., batch)` is honoured, the base optimizer sees the parameter pytree, not one flat vector, and
 nothing switches JAX to float64.
 """
@@ -92,7 +92,7 @@ def _build(
     schedule = CurvatureSchedule(update_every=period, refresh_every=period, start=start)
     inside = self_contained(tx, estimator, schedule, objective, batch=batch)
 
-    # what other members of a chain are given (`objective=`, `batch=`, `curvature=`) is not what loss_fn expects
+    # other members of a chain may be given an `objective=`, `batch=` or `curvature=` that loss_fn does not expect
     def update_with_refresh(updates, state, params=None, **extra):
         return inside.update(updates, state, params, **extra | dict(objective=objective, batch=fixed_batch))
 
@@ -134,8 +134,8 @@ def fosi_adam(
       base_optimizer: any optax transformation, meant for `optax.adam`.
       loss_fn: `(params, batch) -> scalar`, deterministic.
       batch: the batch on which eigenpairs are estimated.
-      decay: of the Newton part's momentum.
-      accumulator_dtype: of that momentum; None is float32.
+      decay: share of the Newton part's velocity that a step keeps.
+      accumulator_dtype: dtype of that velocity; None is float32.
       num_iters_to_approx_eigs: T, steps between refreshes.
       approx_k, approx_l: number of largest and smallest eigenpairs.
       warmup_w: W, the step (counted from 1) of the first refresh; None is T.

@@ -513,6 +513,42 @@ def test_solve_needs_a_positive_damping(damping):
         eigenpairs().solve(eigenpairs().vectors, damping)
 
 
+@pytest.mark.parametrize("damping", [np.float32(-1), np.zeros(()), jnp.float32(0)], ids=repr)
+@pytest.mark.parametrize("method", ["solve", "power", "logdet"])
+def test_a_damping_that_is_not_positive(method, damping):
+    """Refused where it is known, as a number or an array; traced, the result is NaN and not that of another damping."""
+    pairs = eigenpairs()
+    arguments = {"solve": (VECTOR, damping), "power": (VECTOR, damping, -0.5), "logdet": (damping,)}[method]
+    with pytest.raises(ValueError, match=rf"Eigenpairs.{method}\(damping\) should be positive"):
+        getattr(pairs, method)(*arguments)
+    call = lambda d: getattr(pairs, method)(*(d if a is damping else a for a in arguments))
+    assert all(np.all(np.isnan(leaf)) for leaf in jax.tree.leaves(jax.jit(call)(jnp.asarray(damping))))
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.1, 7.0])
+def test_all_methods_mean_the_same_signed_matrix(damping):
+    """With an eigenvalue of -0.5: damping 0.1 leaves C + damping I indefinite, the others do not."""
+    pairs = eigenpairs()
+    C, flat = dense_eigenpairs(pairs), np.asarray(ravel_pytree(VECTOR)[0], np.float64)
+    values, U = np.linalg.eigh(C + damping * np.eye(14))
+    size = np.linalg.norm(flat)
+    for exponent in (-1.0, -2.0, 1.0, 2, -0.5, 0.5):
+        with np.errstate(invalid="ignore"):
+            scaled = values ** float(exponent)
+        got = np.asarray(ravel_pytree(pairs.power(VECTOR, damping, exponent))[0])
+        if np.any(np.isnan(scaled)):
+            assert damping == 0.1 and np.all(np.isnan(got))
+            continue
+        atol = 2e-6 * size * np.abs(scaled).max()
+        np.testing.assert_allclose(got, U @ (scaled * (U.T @ flat)), rtol=0, atol=atol)
+        traced = jax.jit(Eigenpairs.power)(pairs, VECTOR, jnp.float32(damping), jnp.float32(exponent))
+        np.testing.assert_allclose(ravel_pytree(traced)[0], got, rtol=0, atol=atol)
+    solved = ravel_pytree(pairs.solve(VECTOR, damping))[0]
+    np.testing.assert_allclose(solved, U @ ((U.T @ flat) / values), rtol=0, atol=2e-6 * size / np.abs(values).min())
+    np.testing.assert_allclose(pairs.logdet(damping), np.sum(np.log(np.abs(values))), rtol=1e-5)
+    np.testing.assert_allclose(ravel_pytree(pairs.diagonal())[0], np.diag(C), atol=2e-6)
+
+
 def test_telemetry():
     told = {name: float(value) for name, value in eigenpairs().telemetry().items()}
     want = {
@@ -551,6 +587,24 @@ def test_telemetry():
 def test_bad_options_are_refused_when_built(options, error, message):
     with pytest.raises(error, match=message):
         Lanczos(**options)
+
+
+def test_numbers_of_numpy_and_jax():
+    given = Lanczos(np.int32(3), jnp.int32(1), np.int64(8), tol=np.float32(0.5), stop=jnp.float32(0.25))
+    assert given == Lanczos(3, 1, 8, tol=0.5, stop=0.25) and hash(given) == hash(Lanczos(3, 1, 8, tol=0.5, stop=0.25))
+    with pytest.raises(TypeError, match=r"Lanczos\(k\) should be an integer"):
+        Lanczos(np.float32(3))
+
+
+def test_parameters_of_size_zero():
+    params = {"a": jnp.ones(6), "nothing": jnp.zeros((0, 3)), "b": jnp.ones(())}
+    scales = jnp.arange(1.0, 7.0)
+    objective = Objective.from_loss(lambda p, _: 0.5 * jnp.sum(scales * p["a"] ** 2) + 5 * p["b"] ** 2)
+    estimator = Lanczos(2, 1)
+    pairs = refresh(estimator, estimator.init(objective, params), objective, params, None, jax.random.key(0))
+    np.testing.assert_allclose(pairs.values, [10, 6, 1], rtol=1e-5)
+    assert pairs.vectors["nothing"].shape == (3, 0, 3)
+    assert pairs.solve(params, 1.0)["nothing"].shape == (0, 3)
 
 
 def test_more_pairs_than_parameters():

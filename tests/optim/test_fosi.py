@@ -341,12 +341,54 @@ def test_alpha_is_a_number_a_schedule_or_a_hyperparameter():
         update, state = step(tx, pairs, g, state=state)
         np.testing.assert_allclose(newton(update), rate, rtol=1e-5)
 
-    static = ("momentum", "decay", "damping", "learning_rate_clip", "l", "accumulator_dtype")
-    tx = optax.inject_hyperparams(optim.fosi, static_args=static)(optax.sgd(0.1), alpha=0.7, momentum="none")
+    tx = optax.inject_hyperparams(optim.fosi)(optax.sgd(0.1), alpha=0.7, momentum="none")
     update, state = step(tx, pairs, g)
     np.testing.assert_allclose(newton(update), 0.7, rtol=1e-5)
     state.hyperparams["alpha"] = jnp.float32(0.2)
     np.testing.assert_allclose(newton(step(tx, pairs, g, state=state)[0]), 0.2, rtol=1e-5)
+
+
+def test_every_number_may_be_traced():
+    """With a smallest pair, whose number `l` sets no shapes."""
+    pairs, g = eigenpairs([8.0, 4.0, 0.1], orthonormal(3)), normal(6)
+    options = dict(alpha=0.7, decay=0.8, damping=0.01, learning_rate_clip=3.0, l=1)
+
+    @jax.jit
+    def traced(options):
+        tx = optim.fosi(optax.sgd(0.1), **options)
+        params = tree(np.ones(N))
+        return tx.update(tree(g), tx.init(params), params, curvature=pairs)[0]
+
+    expected, _ = step(optim.fosi(optax.sgd(0.1), **options), pairs, g)
+    np.testing.assert_allclose(flat(traced(options)), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"fosi\(damping\) should be at least 0"):
+        optim.fosi(optax.sgd(0.1), damping=jnp.float32(-1.0))
+
+
+def test_parameters_of_size_zero():
+    V = orthonormal(3)
+    vectors = tree(V) | {"none": jnp.zeros((3, 0, 2))}
+    pairs, params = eigenpairs([4.0, 2.0, 1.0], vectors), tree(np.ones(N)) | {"none": jnp.zeros((0, 2))}
+    tx = optim.fosi(optax.adam(0.1))
+    updates, _ = tx.update(params, tx.init(params), params, curvature=pairs)
+    assert updates["none"].shape == (0, 2)
+    expected, _ = step(tx, eigenpairs([4.0, 2.0, 1.0], V), np.ones(N))
+    np.testing.assert_allclose(flat({name: updates[name] for name in "ab"}), expected, atol=1e-6)
+
+
+def test_many_small_leaves_share_their_products():
+    """Five products with V for each of two large leaves, and five for all small ones together."""
+    sizes = {"large": (3, 80, 80), "other": (3, 80, 80)}
+
+    def products(small):
+        shapes = sizes | {f"{i}": (3, 8, 8) for i in range(small)}
+        pairs = eigenpairs([4.0, 2.0, 1.0], {name: jnp.ones(shape) for name, shape in shapes.items()})
+        params = jax.tree.map(lambda v: v[0], pairs.vectors)
+        tx = optim.fosi(optax.sgd(0.1))
+        update = jax.jit(lambda g, s, p, c: tx.update(g, s, p, curvature=c))
+        return update.lower(params, tx.init(params), params, pairs).as_text().count("dot_general")
+
+    assert products(50) == products(5) == 5 * 3
 
 
 def test_momentum_may_be_a_function():
