@@ -72,7 +72,7 @@ def inverses(
             due = jnp.concatenate([_due(kept.get(size), len(damped[size])) for size in sizes])
             always = all(kept.get(size) is None for size in sizes)
             sweep = lambda A, block=block: _swept(A, block)
-            one = lambda v, sweep=sweep: jax.lax.cond(v[1], sweep, lambda A: A, v[0])
+            one = lambda v, sweep=sweep: jax.lax.cond(v[1], sweep, lambda same: same, v[0])
             before = whole = jax.lax.map(sweep, A) if always else jax.lax.map(one, (A, due))
             start = 0
             for size in sizes:

@@ -1404,7 +1404,7 @@ def test_registered_for_one_estimator():
         KFAC().init(mine, same)
 
 
-# -- parameters without entries, outputs of every kind ------------------------------------------------------------------
+# -- parameters without entries, outputs of every kind -----------------------------------------------------------------
 
 
 class Empty(nnx.Module):

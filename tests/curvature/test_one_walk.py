@@ -10,6 +10,7 @@ Counted in FLOPs of compiled programs, of a model of which all products are know
 """
 
 import functools
+import itertools
 
 import numpy as np
 import optax
@@ -21,7 +22,7 @@ from curvtrain.curvature import KFAC, DiagonalFisher, KroneckerDiagonal
 from tests.trainer import tiny
 
 N, SIZES = 256, (64, 256, 256, 10)
-PAIRS = list(zip(SIZES[:-1], SIZES[1:], strict=True))
+PAIRS = list(itertools.pairwise(SIZES))
 FORWARD = 2 * N * sum(i * o for i, o in PAIRS)
 INPUTS = 2 * N * sum(i * o for i, o in PAIRS[1:])  # a backward pass without weight gradients
 FACTORS = 2 * N * sum((i + 1) ** 2 + o**2 for i, o in PAIRS)

@@ -18,8 +18,8 @@ from curvtrain import _checks
 from curvtrain.curvature import owners, stacks, trees
 from curvtrain.curvature.capture.statistics import WEIGHT_SHARING, KroneckerStatistic
 from curvtrain.curvature.fisher.base import LayerEstimator
-from curvtrain.curvature.kfac import factors as kf
 from curvtrain.curvature.kfac.factors import INVERSES, KroneckerFactors, matrices_of, own_blocks
+from curvtrain.curvature.kfac.finite import keep_finite
 from curvtrain.curvature.kfac.stale import Staleness
 from curvtrain.curvature.mesh import axes_for, everywhere, spec_for, spread_spec
 from curvtrain.objective import safe
@@ -31,8 +31,9 @@ PyTree = Any
 class KFAC(LayerEstimator[KroneckerFactors]):
     """Kronecker factors of the Fisher (or GGN) of every layer of an NNX model.
 
-    `update` takes the statistics of a batch in the backward pass of its gradient ("empirical"), in one more ("sampled"),
-    or in several ("exact"); `refresh` factorises. A model's layers are found by their classes (see `register_layer`); every parameter is in exactly one
+    `update` takes the statistics of a batch in the backward pass of its gradient ("empirical"), in one more
+    ("sampled"), or in several ("exact"); `refresh` factorises. A model's layers are found by their classes (see
+    `register_layer`); every parameter is in exactly one
     block, or `init` raises an error that lists those which are not.
 
     Attributes:
@@ -302,5 +303,5 @@ def _own_bases(c: KroneckerFactors, after: PyTree) -> tuple[PyTree, PyTree]:
     of = {key: block for key, (block, _) in own_blocks(c.coverage).items()}
     with trees.exact():
         new = {key: of[key].basis(c.blocks[key], Q) for key, Q in vectors.items()}
-    kept, finite = kf.keep_finite(new, c.bases)
+    kept, finite = keep_finite(new, c.bases)
     return c.bases | kept, finite

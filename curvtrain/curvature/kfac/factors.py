@@ -30,6 +30,7 @@ from curvtrain.curvature import owners, stacks, trees
 from curvtrain.curvature.base import Curvature, is_inverse
 from curvtrain.curvature.capture import Coverage, Layer
 from curvtrain.curvature.capture.layers import OwnBlock
+from curvtrain.curvature.kfac.finite import diagonals, keep_finite, outside, positive
 from curvtrain.curvature.kfac.stale import Staleness
 from curvtrain.curvature.mesh import everywhere
 from curvtrain.curvature.owners import Layout, Matrix
@@ -65,7 +66,7 @@ class KroneckerFactors(Curvature):
     Attributes:
       factors: for each size D, all factors of about that size, (L, D, D); moving averages. Which slot is whose says
         `layout`; what is nobody's is zero.
-      blocks: for each kind of block that is not factored (its `key`), the means of all of its layers, one after another.
+      blocks: for each kind of block that is not factored (its `key`), the means of all its layers in order.
       weight: what the moving averages have seen, sum of powers of the decay.
       inverses: "cholesky": for each size, (L, D, D) damped inverses.
       vectors, values: "eigh" and "ekfac": eigenvectors (L, D, D) as columns and eigenvalues (L, D).
@@ -136,7 +137,7 @@ class KroneckerFactors(Curvature):
 
         def factorise(given):
             X, shifts, old = ({size: arrays[i] for size, (arrays, _) in given.items()} for i in range(3))
-            X = {size: _outside(A, given[size][0][3:], 1.0) for size, A in X.items()}  # an inverse, whatever the shift
+            X = {size: outside(A, given[size][0][3:], 1.0) for size, A in X.items()}  # an inverse, whatever the shift
             if not keep:
                 new = stacks.inverses(X, shifts)
                 return keep_finite(new, new, {size: diagonals(X) for size, X in new.items()})
@@ -156,8 +157,8 @@ class KroneckerFactors(Curvature):
             old = {size: arrays[1:3] for size, (arrays, _) in given.items()}
             kept = {size: None if due is None else (due, old[size]) for size, (_, due) in given.items()}
             # eigenvalues below all others, so that their vectors stay apart, and are the first
-            X = {size: _outside(arrays[0], arrays[3:], -1.0) for size, (arrays, _) in given.items()}
-            eigen = stacks.in_turn(lambda size, X: _positive(*stacks.eigh(X, kept[size])), X)
+            X = {size: outside(arrays[0], arrays[3:], -1.0) for size, (arrays, _) in given.items()}
+            eigen = stacks.in_turn(lambda size, X: positive(*stacks.eigh(X, kept[size])), X)
             return keep_finite(eigen, old)
 
         old = lambda size: (self.values[size], self.vectors[size])
@@ -168,7 +169,7 @@ class KroneckerFactors(Curvature):
         """The eigenvalues of all factors as they are now, by size: (L, D)."""
 
         def factorise(given):
-            X = {size: _outside(arrays[0], arrays[1:], -1.0) for size, (arrays, _) in given.items()}
+            X = {size: outside(arrays[0], arrays[1:], -1.0) for size, (arrays, _) in given.items()}
             return stacks.in_turn(lambda _, X: jnp.maximum(stacks.eigh(X)[0], 0.0), X)
 
         given = {size: (X, *self._rows(size)) for size, X in self.factors.items()}
@@ -176,8 +177,8 @@ class KroneckerFactors(Curvature):
 
     def _rows(self, size: str) -> tuple[jax.Array, ...]:
         """Where factors are smaller than their slots, which rows are not theirs (L, D)."""
-        outside = self.layout.of_size(size).outside
-        return () if outside is None else (jnp.asarray(outside),)
+        rows = self.layout.of_size(size).outside
+        return () if rows is None else (jnp.asarray(rows),)
 
     def _factorise(self, function: Callable[..., Any], given: dict[str, PyTree], due: Arrays | None) -> Any:
         """function({size: (arrays, which are due)}), each device at its share."""
@@ -317,36 +318,6 @@ class KroneckerFactors(Curvature):
             return self.by_matrix(inside, (self.vectors,), Ms, self.scales)
         each = lambda QA, QG, alpha, gamma, M: inside(QA, QG, M, alpha[:, :, None] * gamma[:, None, :])
         return self.by_matrix(each, (self.vectors, self.values), Ms)
-
-
-def diagonals(X: jax.Array) -> jax.Array:
-    """(..., d) of matrices (..., d, d). Those that are sums of v v^T are finite wherever their diagonals are."""
-    return jnp.diagonal(X, axis1=-2, axis2=-1)
-
-
-def _outside(X: jax.Array, rows: tuple[jax.Array, ...], value: float) -> jax.Array:
-    """X (slots, D, D) with a value on the diagonal in these rows (slots, D), if there are such."""
-    return X if not rows else jnp.where(jnp.eye(X.shape[-1], dtype=bool) & rows[0][:, None], value, X)
-
-
-def keep_finite(new: PyTree, old: PyTree, shown: PyTree = None) -> tuple[PyTree, Arrays]:
-    """(new, but old where its leading axis has an entry that is not finite; by name, which entries are finite).
-
-    Dictionaries by name; the arrays of one name share their leading axis and stand or fall together. `shown` has, by
-    name, what shows whether they are finite, if less than all of `new` does.
-    """
-    kept, finite = {}, {}
-    for name, arrays in new.items():
-        entries = [jnp.isfinite(a).reshape(len(a), -1).all(1) for a in jax.tree.leaves((shown or new)[name])]
-        finite[name] = ok = functools.reduce(jnp.logical_and, entries)
-        pick = lambda a, b, ok=ok: jnp.where(ok.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-        kept[name] = jax.tree.map(pick, arrays, old[name])
-    return kept, finite
-
-
-def _positive(values: jax.Array, Q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Eigenvalues of a positive semi-definite matrix, without what rounding made negative."""
-    return jnp.maximum(values, 0.0), Q
 
 
 def _t(Q: jax.Array) -> jax.Array:

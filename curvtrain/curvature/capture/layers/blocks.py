@@ -12,7 +12,6 @@ The blocks of layers with equal keys are stored together: arrays have a leading 
 
 import abc
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.curvature.capture.layers.gradients import Backward, Products
+from curvtrain.curvature.capture.layers.rows import second_moment, second_moment_diagonal, shared, total_weight
 from curvtrain.objective import safe
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Factored(Block):
     def measure(self, layer, backward, options):
         products = layer.gradients(backward).corrected(backward)
         assert isinstance(products, Products), "a factored block is that of products"
-        a, s, w = shared(products, backward, options)
+        a, s, w = shared(products, backward, options.weight_sharing)
         second = second_moment_diagonal if options.diagonal else second_moment
         sums = {"A": second(a, w), "G": second(s, None), "rows": jnp.broadcast_to(total_weight(a, w), len(a))}
         if options.scales:
@@ -323,37 +323,3 @@ class DiagonalBlock(OwnBlock):
 
     def kind(self, layer):
         return "diagonal"
-
-
-# -- sums over rows ----------------------------------------------------------------------------------------------------
-
-
-def shared(products: Products, backward: Backward, options: Options) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """(a, s, row weights) with one row per position, or per example."""
-    a, s = products.a, products.s
-    w = backward.row_weights(a.shape[2])
-    if options.weight_sharing == "expand" or a.shape[2] == 1:
-        return a, s, w
-    s = jnp.sum(s, axis=2, keepdims=True)
-    if w is None:
-        return jnp.mean(a, axis=2, keepdims=True), s, None
-    mean = jnp.sum(w[None, :, :, None] * a, axis=2, keepdims=True) / safe(jnp.sum(w, 1))[None, :, None, None]
-    return mean, s, jnp.max(w, axis=1, keepdims=True)
-
-
-def total_weight(a: jax.Array, w: jax.Array | None) -> jax.Array:
-    """The weight of all rows a (g, N, R, d)."""
-    return jnp.float32(math.prod(a.shape[1:3])) if w is None else jnp.sum(w)
-
-
-def second_moment(a: jax.Array, w: jax.Array | None) -> jax.Array:
-    """sum over rows of w a a^T: (g, d, d)."""
-    a = a.reshape(a.shape[0], -1, a.shape[-1])
-    weighted = a if w is None else a * w.reshape(1, -1, 1)
-    return jnp.einsum("gmi,gmj->gij", weighted, a)
-
-
-def second_moment_diagonal(a: jax.Array, w: jax.Array | None) -> jax.Array:
-    """sum over rows of w a^2: (g, d)."""
-    a = jnp.square(a.reshape(a.shape[0], -1, a.shape[-1]))
-    return jnp.sum(a if w is None else a * w.reshape(1, -1, 1), axis=1)

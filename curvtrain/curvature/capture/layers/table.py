@@ -19,15 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.curvature import trees
-from curvtrain.curvature.capture.layers.blocks import (
-    Arrays,
-    OwnBlock,
-    Shapes,
-    second_moment,
-    second_moment_diagonal,
-    shared,
-    total_weight,
-)
+from curvtrain.curvature.capture.layers.blocks import Arrays, OwnBlock, Shapes
+from curvtrain.curvature.capture.layers.rows import second_moment, second_moment_diagonal, shared, total_weight
 
 _CG_TOLERANCE = 1e-6
 _CG_STEPS = 100
@@ -61,7 +54,7 @@ class TableBlock(OwnBlock):
         if backward.use == "attend":
             products = layer.gradients(backward)  # rows are the cotangents of its outputs, columns the queries
             flipped = dataclasses.replace(products, a=products.s, s=backward.corrected(products.a))
-            a, s, w = shared(flipped, backward, options)
+            a, s, w = shared(flipped, backward, options.weight_sharing)
             rows = jnp.broadcast_to(total_weight(a, w), 1)
             return sums | {"A_head": second(a, w), "G_head": second_moment_diagonal(s, None), "head_rows": rows}
         index = backward.saved.reshape(backward.examples, -1)
