@@ -8,15 +8,15 @@ import jax
 import numpy as np
 import optax
 import pytest
-from curvtrain.trainer.run.layout import Task
-from curvtrain.trainer.run.plan import Plan
-from curvtrain.trainer.run.step import Kind
 from flax import nnx
 
 import curvtrain
 from curvtrain import losses, optim
 from curvtrain.curvature import PSGD, Elementwise, Kron
 from curvtrain.trainer.mesh import sharding
+from curvtrain.trainer.run.layout import Task
+from curvtrain.trainer.run.plan import Plan
+from curvtrain.trainer.run.step import Kind
 
 PLAIN, UPDATE = Kind(), Kind(update=True)
 
