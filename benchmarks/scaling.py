@@ -105,9 +105,9 @@ def measure(devices: int, model: str, sharding: str, scaling: str, names: list[s
             programs[str(kind)] = {"flops": program.flops, "factorised": work, "sent": program.sent}
         parts = {part: (state[part].whole, state[part].per_device) for part in state if part not in ("step", "key")}
         choices = plan.layout.choices
-        found[name] = {"state": parts, "choices": choices, "programs": programs}
-        if plan.layout.estimator is not None:
-            found[name]["overview"] = plan.layout.estimator.overview(*plan.layout.measured)
+        found[name] = row = {"state": parts, "choices": choices, "programs": programs}
+        if (settled := plan.layout.estimator) is not None:
+            row["overview"] = settled.overview(*plan.layout.measured)
     return found
 
 
@@ -118,7 +118,7 @@ def show(title: str, results: dict[str, Any]) -> None:
     print(f"\n== {title}")
     alone = results.get("1", {})
     for name in next(iter(results.values())):
-        rows = [("devices", "parameters", "optimizer", "curvature", "/ even share", "program", "MFLOP", "d^3", "sent")]
+        rows: list[tuple[str, ...]] = [("devices", "parameters", "optimizer", "curvature", "/ even share", "program", "MFLOP", "d^3", "sent")]
         for devices, found in results.items():
             state, plain = found[name]["state"], found["Adam"]["programs"]["train"]["sent"] if "Adam" in found else {}
             each = [state.get(part, (0, 0)) for part in ("params", "opt_state", "curvature")]

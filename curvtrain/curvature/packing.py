@@ -118,6 +118,8 @@ class Packing:
                 return trees.noise(key, group.shape, own, draw)
             if len(own) == len(starts):  # all of the vector
                 return trees.noise(key, (sum(group.sizes),), [0], draw)[0]
-            return jnp.concatenate([trees.noise(key, (n,), [at], draw)[0] for at, n in zip(own, group.sizes, strict=True)])
+            return jnp.concatenate(
+                [trees.noise(key, (n,), [at], draw)[0] for at, n in zip(own, group.sizes, strict=True)]
+            )
 
         return tuple(map(piece, self.groups))

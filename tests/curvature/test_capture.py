@@ -15,10 +15,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from curvtrain import losses
-from curvtrain.curvature import register_layer
-from curvtrain.curvature.capture import EmbedLayer, NormLayer, PlainParameter, Statistic, collect, cover
+from curvtrain.curvature import KFAC, DiagonalFisher, FullBlock, KroneckerDiagonal, UnitWise, register_layer
+from curvtrain.curvature.capture import (
+    EmbedLayer,
+    Explicit,
+    Layer,
+    LayerMeasure,
+    NormLayer,
+    PlainParameter,
+    Statistic,
+    UnitBlocks,
+    cover,
+)
 from curvtrain.curvature.capture import layers as known_layers
-from curvtrain.curvature.capture.layers import MatrixLayer
 from curvtrain.curvature.capture.statistics import (
     DiagonalStatistic,
     FullStatistic,
@@ -58,11 +67,13 @@ class Everything(Statistic):
     blocks: bool = True
     reduce: bool = True
 
+    needs = ("block",)
+
     def parts(self, layer):
         found = [("", KroneckerStatistic("expand", scales=self.scales)), ("", DiagonalStatistic())]
         if self.blocks:
             found += [("unit_", UnitStatistic()), ("full_", FullStatistic())]
-        if self.reduce and isinstance(layer, MatrixLayer):
+        if self.reduce and layer.block().own is None:
             found += [("reduce_", KroneckerStatistic("reduce"))]
         return found
 
@@ -72,9 +83,14 @@ class Everything(Statistic):
     def given(self, layer):
         return KroneckerStatistic(scales=self.scales).given(layer)
 
-    def __call__(self, call, saved, s, given):
-        parts = self.parts(call.layer)
-        return {p + name: v for p, part in parts for name, v in part(call, saved, s, given).items()}
+    def __call__(self, layer, backward):
+        return {p + name: v for p, part in self.parts(layer) for name, v in part(layer, backward).items()}
+
+
+def collect(objective, params, batch, key, coverage, statistic, fisher, *, given=None, who="test"):
+    """(sums of a statistic over a batch, W)."""
+    measure = LayerMeasure.of(objective, params, batch, key, coverage, statistic, fisher, given=given, who=who)
+    return objective.measure(params, batch, key, measure)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5, 6))
@@ -86,10 +102,10 @@ def orthogonal(coverage):
     """Some Q_A and Q_G for every matrix, shaped as `collect` wants them."""
     found = {}
     for layer in coverage.known:
-        if isinstance(layer, MatrixLayer):
+        if layer.block().own is None:
             of = lambda d, seed, n=layer.copies: np.linalg.qr(random(n, d, d, seed=seed))[0].astype(np.float32)
             QA, QG = of(layer.d_i, 1), of(layer.d_o, 2)
-            lead = (*layer.stack, layer.groups)
+            lead = (*layer.scan_axes, layer.groups)
             found[layer.name] = {"QA": QA.reshape(*lead, *QA.shape[1:]), "QG": QG.reshape(*lead, *QG.shape[1:])}
     return found
 
@@ -400,19 +416,21 @@ def worst(coverage, found, all_uses, given):
         got, mine = dict(found[layer.name]), all_uses[layer.name]
         Q = given.get(layer.name, {})
         want = ref.statistics(mine, Q.get("QA"), Q.get("QG"))
-        if isinstance(layer, MatrixLayer):
+        if layer.block().own is None:
             names = {"unit": "unit_F", "full": "full_F"}
             wanted = {names.get(n, n): v for n, v in want.items()}
             wanted |= {n: wanted[n] for n in ("A", "G")}
         elif isinstance(layer, EmbedLayer):
-            wanted = {"counts": np.einsum("gii->i", want["A"]), "G": want["G"][0], "rows": want["rows"]}
-            wanted |= {"D2": want["D2"][0], "unit_F": want["unit"], "full_F": want["full"]}
+            wanted = {"counts": np.einsum("gii->gi", want["A"]), "G": want["G"], "rows": want["rows"]}
+            wanted |= {"D2": want["D2"], "unit_F": want["unit"], "full_F": want["full"]}
         else:
             assert isinstance(layer, NormLayer)
             flat = [u.D[..., 0].swapaxes(-1, -2).reshape(*u.D.shape[:2], -1) for u in mine]  # (P, N, p C)
-            F = np.moveaxis(want["unit"][:, 0], 0, -1)
+            F = want["unit"][:, 0][None]
             full = sum(np.einsum("pni,pnj->ij", f, f) for f in flat)[None]
-            wanted = {"F": F, "unit_F": F, "D2": want["D2"][..., 0].T, "full_F": full}
+            wanted = {"F": F, "unit_F": F, "D2": want["D2"][..., 0].T[None], "full_F": full}
+        for name in {"rows", "reduce_rows"} & wanted.keys():
+            wanted[name] = np.broadcast_to(wanted[name], got.get(name, wanted[name]).shape)
         for name in wanted.keys() & got.keys():
             whole = wanted.get(name.removeprefix("reduce_"), 0.0)  # sums over positions may cancel: a key's bias does
             errors[layer.name, name] = error(got[name], wanted[name], np.abs(whole).max())
@@ -554,6 +572,7 @@ def test_exact_reduce_and_ggn():
     all_uses, _, _ = reference(mlp, params, batch, "softmax", "exact")
     for name, uses in all_uses.items():
         want = ref.statistics(uses)
+        want["reduce_rows"] = want["reduce_rows"][None]
         assert max(error(found[name][n], want[f"reduce_{n}"]) for n in ("A", "G", "rows")) < TOLERANCE
 
 
@@ -599,13 +618,13 @@ def worst_of_tied(coverage, found, all_uses, given):
     D = all_uses["attend"][0].D.swapaxes(-1, -2)
     flat = D.reshape(*D.shape[:3], -1)
     want = {
-        "counts": np.diagonal(into["A"][0]),
-        "rows": into["rows"],
-        "G": into["G"][0],
-        "A_head": out["A"][0],
-        "G_head": np.diagonal(out["G"][0]),
-        "head_rows": out["rows"],
-        "D2": into["D2"][0] + out["D2"][0].T,
+        "counts": np.einsum("gii->gi", into["A"]),
+        "rows": into["rows"][None],
+        "G": into["G"],
+        "A_head": out["A"],
+        "G_head": np.einsum("gii->gi", out["G"]),
+        "head_rows": out["rows"][None],
+        "D2": into["D2"] + out["D2"].swapaxes(1, 2),
         "unit_F": into["unit"] + np.einsum("pngio,pngjo->goij", D, D),
         "full_F": into["full"] + np.einsum("pngi,pngj->gij", flat, flat),
     }
@@ -666,7 +685,7 @@ def test_plain_parameters_have_the_exact_diagonal(fisher, microbatch):
     all_uses, _, _ = reference(net, params, batch, "softmax", fisher, batch["drawn"] if fisher == "sampled" else None)
     assert found.keys() == all_uses.keys()
     for name, uses in all_uses.items():
-        assert error(found[name]["D2"], ref.statistics(uses)["D2"][0]) < TOLERANCE
+        assert error(found[name]["D2"], ref.statistics(uses)["D2"].reshape(1, 1, -1)) < TOLERANCE
 
 
 # -- exactness ---------------------------------------------------------------------------------------------------------
@@ -922,7 +941,7 @@ def test_permuted_channels_permute_the_factors():
     again, _ = statistics(objective, moved, images())
     assert_same(again["conv"]["G"], found["conv"]["G"][:, order][:, :, order])
     assert_same(again["conv"]["A"], found["conv"]["A"])
-    assert_same(again["norm"]["F"], found["norm"]["F"][..., order])
+    assert_same(again["norm"]["F"], found["norm"]["F"][:, order])
     with_one = np.append(order, 4)
     assert_same(again["head"]["A"], found["head"]["A"][:, with_one][:, :, with_one])
 
@@ -1192,7 +1211,9 @@ def test_arguments_of_calls():
 
 def test_reduce_of_an_embedding_is_refused():
     objective, params, batch, _ = one_layer("embed")
-    with pytest.raises(ValueError, match=r"weight_sharing='reduce' averages one-hot rows"):
+    with pytest.raises(
+        ValueError, match=r"weight_sharing='reduce' needs one token per example, but Embed 'layer' looks up \d+"
+    ):
         statistics(objective, params, batch, statistic=KroneckerStatistic("reduce"))
 
 
@@ -1209,3 +1230,274 @@ def test_fishers_that_cannot_be():
     other, _ = Objective.from_model(MLP(nnx.Rngs(0)), lambda model, batch: model(batch["x"]), mine)
     with pytest.raises(TypeError, match=r"KFAC\(fisher='exact'\) knows the distribution of .* not of PerExample"):
         of(other, batch_of("softmax", True), "exact")
+
+
+# -- adapters, and layers of which a part is trained -------------------------------------------------------------------
+
+
+class Adapted(nnx.Module):
+    """Two adapters: around a layer of its own, and in the place of one."""
+
+    def __init__(self, rngs):
+        self.a = nnx.LoRALinear(D, 6, lora_rank=2, rngs=rngs)
+        self.b = nnx.LoRA(6, 3, C, base_module=nnx.Linear(6, C, rngs=rngs), rngs=rngs)
+
+    def __call__(self, x):
+        return self.b(nnx.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_both_matrices_of_an_adapter_are_layers(fisher):
+    predict = lambda model, batch: model(batch["x"])
+    loss = losses.SoftmaxCrossEntropy("t")
+    objective, params = Objective.from_model(Adapted(nnx.Rngs(0)), predict, loss, wrt=nnx.LoRAParam)
+    params, frozen = randomised(params), objective.frozen
+
+    def net(tape, p, x):
+        adapter = lambda name, x, p: tape(
+            f"{name}/lora_b", tape(f"{name}/lora_a", x[None], p["lora_a"][None]), p["lora_b"][None]
+        )[0]
+        linear = lambda x, p: x @ np.asarray(p["kernel"], np.float64) + np.asarray(p["bias"], np.float64)
+        h = jnp.tanh(linear(x, frozen["a"]) + adapter("a/lora", x, p["a"]["lora"]))
+        return linear(h, frozen["b"]["base_module"]) + adapter("b", h, p["b"])
+
+    batch = batch_of("softmax", True, weighted=True)
+    check(objective, params, batch, net, "softmax", fisher, Everything(reduce=fisher != "exact"))
+    names = [layer.name for layer in cover(objective, params, "test").layers]
+    assert names == ["a/lora/lora_a", "a/lora/lora_b", "b/lora_a", "b/lora_b"]
+
+
+def test_only_what_is_trained_is_covered():
+    """A kernel without its bias, a bias without its kernel, a norm's scale alone: parts of the whole statistics."""
+    objective, params = whole_model("softmax", model=Stack, how="unrolled")
+    params, batch = randomised(params), batch_of("softmax", True, weighted=True)
+    whole, _ = statistics(objective, params, batch, statistic=Everything(False, reduce=False))
+    chosen = [("blocks", 0, "linear", "kernel"), ("blocks", 0, "norm", "scale"), ("blocks", 1, "linear", "bias")]
+    part, some = objective.select(params, chosen)
+    found, _ = statistics(part, some, batch, statistic=Everything(False, reduce=False))
+    assert found.keys() == {"blocks/0/linear", "blocks/0/norm", "blocks/1/linear"}
+    for name, rows in (("blocks/0/linear", slice(0, D)), ("blocks/1/linear", slice(D, None))):
+        want = whole[name]
+        assert error(found[name]["A"], want["A"][:, rows, rows]) < TOLERANCE
+        assert error(found[name]["G"], want["G"]) < TOLERANCE
+        assert error(found[name]["D2"], want["D2"][:, rows]) < TOLERANCE
+        assert error(found[name]["unit_F"], want["unit_F"][:, :, rows, rows]) < TOLERANCE
+    assert error(found["blocks/0/norm"]["F"], whole["blocks/0/norm"]["F"][:, :, :1, :1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("entry", ["ndim 1", "ndim 2", "integers", "with a mask"])
+def test_float_weights(entry):
+    """The empirical Fisher rides on the loss's backward pass with one weight per example, else on one of its own."""
+    objective, params = whole_model("softmax", True)
+    batch = batch_of("softmax", True)
+    w = np.linspace(0, 2, N).astype(np.float32)  # zero is among them
+    wide = np.linspace(0, 2, 3 * N).reshape(N, 3).astype(np.float32)
+    mask = np.arange(3 * N).reshape(N, 3) % 4 != 1
+    more = {
+        "ndim 1": {"weights": w},
+        "ndim 2": {"weights": wide},
+        "integers": {"mask": (w > 0).astype(np.int32)},
+        "with a mask": {"weights": w, "mask": mask},
+    }
+    check(objective, params, batch | more[entry], mlp, "softmax", "empirical")
+
+
+# -- layers of one's own -----------------------------------------------------------------------------------------------
+
+
+class Gate(nnx.Module):
+    """y = x * gate: a layer that is none of flax's."""
+
+    def __init__(self, rngs):
+        self.gate = nnx.Param(jnp.ones(D))
+
+    def __call__(self, x):
+        return x * self.gate[...]
+
+
+@dataclasses.dataclass(frozen=True)
+class GateLayer(Layer):
+    """M (1, 1, D): the gradient of an example is the sum of its s x."""
+
+    @classmethod
+    def from_module(cls, path, module):
+        return cls(path, "Gate", (), (("gate", module.gate.get_value().shape),))
+
+    @property
+    def d_i(self):
+        return 1
+
+    @property
+    def d_o(self):
+        return self.shapes[0][1][0]
+
+    def matrix(self, parameters):
+        return parameters["gate"].reshape(1, 1, self.d_o)
+
+    def parameters(self, matrix):
+        return {"gate": matrix.reshape(self.d_o)}
+
+    def gradients(self, backward):
+        products = (backward.s * backward.saved).reshape(backward.examples, -1, self.d_o)
+        return Explicit(jnp.sum(products, axis=1)[None, :, None])
+
+    def block(self):
+        return UnitBlocks(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class HalfGate(GateLayer):
+    """The same without a block."""
+
+    block = Layer.block
+
+
+class Gated(nnx.Module):
+    def __init__(self, rngs):
+        self.gate, self.a = Gate(rngs), nnx.Linear(D, C, rngs=rngs)
+
+    def __call__(self, x):
+        return self.a(nnx.tanh(self.gate(x)))
+
+
+def estimated(estimator, objective, params, batch):
+    c = jax.jit(estimator.update)(estimator.init(objective, params), objective, params, batch, jax.random.key(0))
+    return jax.jit(estimator.refresh)(c, objective, params, None, None, 0.1)
+
+
+@pytest.mark.parametrize("kind", [KFAC, KroneckerDiagonal, DiagonalFisher, UnitWise, FullBlock])
+def test_a_layer_of_ones_own_is_given_to_an_estimator(kind):
+    """Its diagonal is the exact one, as of a plain parameter; nothing of it is known to other estimators."""
+    objective, params = Objective.from_model(
+        Gated(nnx.Rngs(0)), lambda m, b: m(b["x"]), losses.SoftmaxCrossEntropy("t")
+    )
+    batch = batch_of("softmax", True, weighted=True)
+    mine = estimated(kind("empirical", layers={Gate: GateLayer}), objective, params, batch)
+    plain = estimated(kind("empirical", plain="gate"), objective, params, batch)
+    assert [layer.kind for layer in mine.coverage.layers] == ["Linear", "Gate"]
+    diagonals = [c.diagonal()["gate"]["gate"] for c in (mine, plain)]
+    assert error(*diagonals) < TOLERANCE
+    if kind is not DiagonalFisher:
+        with pytest.raises(ValueError, match=r"gate/gate: no layer that is registered"):
+            kind().init(objective, params)
+    if kind in (KFAC, KroneckerDiagonal):
+        message = (
+            rf"{kind.__name__} needs block\(\) of a layer, and HalfGate, the layer of Gate 'gate', .* HalfGate.block"
+        )
+        with pytest.raises(TypeError, match=message):
+            kind(layers={Gate: HalfGate}).init(objective, params)
+    with pytest.raises(TypeError, match=rf"{kind.__name__}\(layers\) should be a subclass of curvature.Layer, not"):
+        kind(layers={Gate: int})
+
+
+def test_registered_for_one_estimator():
+    objective, params, _ = covered(One(nnx.Linear(D, C, rngs=nnx.Rngs(0))))
+    mine, same, _ = covered(One(Mine(D, C, rngs=nnx.Rngs(0))), layers={Mine: known_layers.DenseLayer})
+    estimator = KFAC("empirical", layers={Mine: known_layers.DenseLayer})
+    assert hash(estimator) == hash(KFAC("empirical", layers={Mine: known_layers.DenseLayer}))
+    got, want = (
+        estimated(e, o, p, batch_of("softmax"))
+        for e, o, p in ((estimator, mine, same), (KFAC("empirical"), objective, params))
+    )
+    jax.tree.map(np.testing.assert_array_equal, got.factors, want.factors)
+    with pytest.raises(ValueError, match=r"Mine is a subclass of Linear: register_layer it"):
+        KFAC().init(mine, same)
+
+
+# -- parameters without entries, outputs of every kind ------------------------------------------------------------------
+
+
+class Empty(nnx.Module):
+    """Kernels without rows or columns, and a parameter without entries."""
+
+    def __init__(self, rngs):
+        zeros = nnx.initializers.zeros
+        self.a, self.b = nnx.Linear(0, D, kernel_init=zeros, rngs=rngs), nnx.Linear(D, C, rngs=rngs)
+        self.none = nnx.Linear(D, 0, kernel_init=zeros, rngs=rngs)
+        self.nothing = nnx.Param(jnp.zeros((0, 2)))
+
+    def __call__(self, x):
+        h = self.a(x[..., :0])
+        return self.b(nnx.tanh(x + h)) + jnp.sum(self.none(x), axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind", [KFAC, KroneckerDiagonal, DiagonalFisher, UnitWise, FullBlock])
+def test_parameters_of_no_size(kind):
+    objective, params = Objective.from_model(
+        Empty(nnx.Rngs(0)), lambda m, b: m(b["x"]), losses.SoftmaxCrossEntropy("t")
+    )
+    c = estimated(kind("empirical"), objective, params, batch_of("softmax"))
+    solved = c.solve(params, 0.1)
+    assert jax.tree.map(jnp.shape, solved) == jax.tree.map(jnp.shape, params)
+    assert np.any(c.diagonal()["a"]["bias"]) and np.isfinite(c.logdet(0.1))
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((solved, c.telemetry())))
+
+
+class Heads(nnx.Module):
+    """A class and a number, with an integer beside them."""
+
+    def __init__(self, rngs):
+        self.kind, self.size = nnx.Linear(D, C, rngs=rngs), nnx.Linear(D, 1, rngs=rngs)
+
+    def __call__(self, x):
+        return {"kind": self.kind(x), "size": self.size(x)[:, 0], "count": jnp.arange(len(x))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Both(losses.Loss):
+    """A class and a number with unit variance; draws both."""
+
+    def values(self, outputs, batch):
+        classes = losses.SoftmaxCrossEntropy("t").values(outputs["kind"], batch)
+        return classes + 0.5 * jnp.square(outputs["size"] - batch["size"])
+
+    def sample_targets(self, outputs, batch, key):
+        return batch | {"t": batch["drawn"], "size": batch["drawn size"]}
+
+    def hessian_columns(self, outputs):
+        classes = losses.SoftmaxCrossEntropy("t").hessian_columns(outputs["kind"])
+        count = len(classes)
+        one = jnp.zeros((1, *outputs["kind"].shape))
+        size = jnp.zeros((count + 1, len(outputs["size"]))).at[count].set(1.0)
+        return {"kind": jnp.concatenate([classes, one]), "size": size}
+
+
+@pytest.mark.parametrize("fisher", ["ggn", "sampled", "empirical"])
+def test_several_heads(fisher):
+    """Heads are linear: the block of each is A (x) G with the cotangents of its own output."""
+    objective, params = Objective.from_model(Heads(nnx.Rngs(0)), lambda m, b: m(b["x"]), Both())
+    batch = batch_of("softmax") | {"size": random(N, seed=3), "drawn size": random(N, seed=4)}
+    batch |= {"drawn": targets("softmax", (N,), seed=9), "weights": np.linspace(0.5, 2, N).astype(np.float32)}
+    found, W = statistics(objective, params, batch, fisher, KroneckerStatistic(), jax.random.key(0))
+    z = jax.tree.map(lambda a: np.asarray(a, np.float64), objective.predict(params, batch))
+    t, size = (batch["drawn"], batch["drawn size"]) if fisher == "sampled" else (batch["t"], batch["size"])
+    w = batch["weights"].astype(np.float64)
+    kind, number = ref.gradient("softmax", z["kind"], t), (z["size"] - size)[:, None]
+    want = {"kind": np.einsum("n,ni,nj->ij", w, kind, kind), "size": np.einsum("n,ni,nj->ij", w, number, number)}
+    if fisher == "ggn":
+        want = {"kind": np.einsum("n,nij->ij", w, ref.hessian("softmax", z["kind"])), "size": [[w.sum()]]}
+    for name in want:
+        assert error(found[name]["G"][0], want[name]) < TOLERANCE
+    np.testing.assert_allclose(W, w.sum(), rtol=1e-6)
+
+
+def test_outputs_that_a_loss_cannot_use_are_named():
+    mine = losses.PerExample(lambda z, batch: z["size"] ** 2)
+    objective, params = Objective.from_model(Heads(nnx.Rngs(0)), lambda m, b: m(b["x"]), mine)
+    for fisher in ("exact", "ggn", "sampled"):
+        message = rf"KFAC\(fisher='{fisher}'\) .*PerExample.*outputs {{'count'.*'kind'.*Use fisher='.*empirical'"
+        with pytest.raises(TypeError, match=message):
+            jax.eval_shape(
+                lambda p, b, fisher=fisher: collect(
+                    objective,
+                    p,
+                    b,
+                    jax.random.key(0),
+                    cover(objective, params, "KFAC"),
+                    KroneckerStatistic(),
+                    fisher,
+                    who="KFAC",
+                ),
+                params,
+                batch_of("softmax"),
+            )

@@ -352,7 +352,7 @@ def test_blocks_of_the_dense_fisher(name, fisher):
 
 @pytest.mark.parametrize("name", ["mlp, masked", "grouped convolution", "tokens, masked sequence", "scanned"])
 def test_blocks_of_the_dense_hessian(name):
-    """Indefinite, and solved for all the same; `power` counts negative eigenvalues as zero."""
+    """Indefinite, and solved for all the same: nothing is clipped, so a damping above it all has powers."""
     case = CASES[name]
     curvature, C = estimate({"full": FullBlock("hessian")}, case)["full"]
     H = within(case, "full", dense(name, "hessian"))
@@ -360,9 +360,18 @@ def test_blocks_of_the_dense_hessian(name):
     (vector, v), (values, Q) = normal(name), np.linalg.eigh(H)
     assert values.min() < -1e-3
     of_matrix = lambda function: Q @ (function(values) * (Q.T @ v))
-    _, solved, _, root = applied({"full": curvature}, vector, jnp.array([3.0]))["full"]
-    assert_close(solved[0], of_matrix(lambda x: 1 / (x + 3)))
-    assert_close(root[0], of_matrix(lambda x: (np.maximum(x, 0) + 3) ** -0.5))
+    _, solved, _, root = applied({"full": curvature}, vector, jnp.array([3.0, 1e-3 - values.min() / 2]))["full"]
+    for i, damping in enumerate((3.0, 1e-3 - values.min() / 2)):  # the second leaves negative eigenvalues
+        gap = np.abs(values + damping).min()
+        assert_close(
+            solved[i],
+            of_matrix(lambda x, damping=damping: 1 / (x + damping)),
+            1e-6 * max(1, np.abs(values).max() / gap),
+        )
+    assert_close(root[0], of_matrix(lambda x: (x + 3) ** -0.5))
+    assert not np.all(np.isfinite(root[1]))
+    assert_close(curvature.logdet(3.0), np.log(np.abs(values + 3)).sum())
+    assert_close(ravel_pytree(curvature.diagonal())[0], np.diag(H))
 
 
 @pytest.mark.parametrize("fisher", FISHERS)

@@ -15,9 +15,7 @@ from jax.sharding import PartitionSpec
 
 from curvtrain import losses
 from curvtrain.curvature import KFAC, as_matrix, fvp
-from curvtrain.curvature.capture import EmbedLayer, NormLayer, PlainParameter
-from curvtrain.curvature.capture.layers import MatrixLayer
-from curvtrain.curvature.kfac.factors import layout_of
+from curvtrain.curvature.capture import EmbedLayer, MatrixLayer, NormLayer, PlainParameter
 from curvtrain.objective import Objective
 
 N, T, V, D = 6, 3, 5, 4
@@ -137,17 +135,17 @@ def blocks(curvature):
                 S = float64(curvature.scales[name]).reshape(len(Q), 1, -1)
                 found[name] = Q * S @ Q.swapaxes(1, 2)
         elif isinstance(layer, EmbedLayer):
-            e = {n: v[0] for n, v in float64(curvature.embeddings[name]).items()}
+            e = {n: v[0] for n, v in float64(curvature.blocks[layer.block().key]).items()}
             found[name] = (np.kron(np.diag(e["counts"]), e["G"]) + np.kron(np.diag(e["G_head"]), e["A_head"]))[None]
         elif isinstance(layer, NormLayer):
-            F = float64(curvature.norms[name])
+            F = float64(curvature.blocks["2x2"]["F"])
             C = np.zeros((2, D, 2, D))
             for c in range(D):
                 C[:, c, :, c] = F[c]
             found[name] = C.reshape(1, 2 * D, 2 * D)
         else:
             assert isinstance(layer, PlainParameter)
-            found[name] = np.diag(float64(curvature.plain[name]).ravel())[None]
+            found[name] = np.diag(float64(curvature.blocks[name]["D2"]).ravel())[None]
     return found
 
 
@@ -180,7 +178,7 @@ def test_moving_averages_are_debiased(ema):
         each.append(update(once, once.init(objective, params), objective, params, batch_of(seed)))
     weights = np.array([ema**2, ema, 1]) / (ema**2 + ema + 1)
     after = updated(kfac(ema=ema), updates=3)
-    for name in ("factors", "embeddings", "norms", "plain"):
+    for name in ("factors", "blocks"):
         parts = [float64(getattr(c, name)) for c in each]
         want = jax.tree.map(lambda *X: sum(w * x for w, x in zip(weights, X, strict=True)), *parts)
         jax.tree.map(lambda got, want: close(got, want, 1e-6), getattr(after, name), want)
@@ -207,7 +205,7 @@ def test_equal_sizes_share_a_stack():
     shapes = {size: X.shape for size, X in c.factors.items()}
     # a: 5 x 4, b: 4 x 4, conv: two groups of (2 * 2 + 1) x 2, head: 5 x 5
     assert shapes == {"4": (3, 4, 4), "5": (5, 5, 5), "2": (2, 2, 2)}
-    seen = [(s, i + k) for _, (a, i, g, j) in layout_of(c.coverage).at for s, i, k in ((a, i, 0), (g, j, 0))]
+    seen = [(s, i + k) for _, (a, i, g, j) in c.layout.at for s, i, k in ((a, i, 0), (g, j, 0))]
     assert len(set(seen)) == len(seen)
 
 
@@ -289,6 +287,45 @@ def test_powers(inverse, exponent):
         return Q * values**exponent @ Q.T
 
     compare(c, c.power(v, damping, exponent), by_block(c, v, power), 1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@inverses
+def test_diagonal_and_determinant(inverse, tied):
+    """Of the matrix C as it is, for any damping; also of a table that `attend` uses too, row by row."""
+    c = refreshed(inverse, tied)
+    dense = {name: list(C) for name, C in blocks(c).items()}
+    ones = jax.tree.map(np.ones_like, c.coverage.zeros())
+    diagonal = by_block(c, ones, lambda C: np.diag(np.diag(C)))
+    compare(c, jax.jit(lambda c: c.diagonal())(c), diagonal, 1e-6)
+    of = jax.jit(lambda c, damping: c.logdet(damping))
+    for damping in (1e-3, 0.03, 1.0):
+        want = sum(np.linalg.slogdet(C + damping * np.eye(len(C)))[1] for Cs in dense.values() for C in Cs)
+        np.testing.assert_allclose(of(c, damping), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("inverse", ["eigh", "ekfac"])
+def test_powers_of_a_tied_table(inverse):
+    c, damping = refreshed(inverse, True), 0.03
+    v = vector_of(build(True)[1])
+
+    def root(C):
+        values, Q = np.linalg.eigh(C + damping * np.eye(len(C)))
+        return Q * values**-0.5 @ Q.T
+
+    compare(c, c.power(v, damping, -0.5), by_block(c, v, root), 1e-5)
+
+
+def test_no_solve_answers_for_another_damping():
+    """A factor without an inverse: at damping 0 the result is not finite, whatever the cache holds."""
+    c = refreshed("cholesky", damping=1.0)
+    factors = dict(c.factors)
+    factors["5"] = factors["5"].at[0].set(jnp.ones((5, 5)))  # of rank one
+    c, v = dataclasses.replace(c, factors=factors), vector_of(build()[1])
+    cached, exact = solve(c, v, 1.0), solve(c, v, 0.0)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(cached))
+    broken = [name for name, M in c.coverage.matrices(exact).items() if not np.all(np.isfinite(M))]
+    assert "a" in broken and "head" not in broken
 
 
 def test_cholesky_has_no_powers():
@@ -422,19 +459,21 @@ def test_a_factor_that_is_not_finite_keeps_its_inverse(inverse):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(got))
     name = "inverses" if inverse == "cholesky" else "vectors"
     np.testing.assert_array_equal(getattr(after, name)["2"][1], getattr(good, name)["2"][1])
-    if inverse == "cholesky":  # also where solve has to factorise by itself
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(solve(after, v, 0.2)))
+    if inverse == "cholesky":  # where solve has to factorise by itself, nothing hides it: conv's G, no other layer's
+        layers = {name: np.all(np.isfinite(M)) for name, M in after.coverage.matrices(solve(after, v, 0.2)).items()}
+        assert [name for name, finite in layers.items() if not finite] == ["conv"]
 
 
 @inverses
 def test_an_embedding_that_is_not_finite_keeps_its_basis(inverse):
     objective, params = build()
     good = refreshed(inverse)
-    e = {name: dict(arrays) for name, arrays in good.embeddings.items()}
-    e["embed"]["G"] = e["embed"]["G"] * jnp.nan
-    after = refresh(kfac(inverse), dataclasses.replace(good, embeddings=e), objective, params)
+    e = {name: dict(arrays) for name, arrays in good.blocks.items()}
+    table = f"table {V}x{D}"
+    e[table]["G"] = e[table]["G"] * jnp.nan
+    after = refresh(kfac(inverse), dataclasses.replace(good, blocks=e), objective, params)
     assert int(after.failures) == 1
-    np.testing.assert_array_equal(after.bases["embed"]["Q"], good.bases["embed"]["Q"])
+    np.testing.assert_array_equal(after.bases[table]["Q"], good.bases[table]["Q"])
 
 
 @inverses

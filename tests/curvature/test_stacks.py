@@ -10,7 +10,11 @@ import pytest
 from curvtrain.curvature import stacks
 
 EPS = 2.0**-24
-inverse = jax.jit(stacks.inverse)
+
+
+@jax.jit
+def inverse(X, shift, kept=None):
+    return stacks.inverses({"": X}, {"": shift}, {} if kept is None else {"": kept})[""]
 
 
 def spd(d, condition, seed=0):
@@ -76,7 +80,7 @@ def test_what_is_not_due_is_kept(together, due, monkeypatch):
         monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     X, due = np.stack([spd(40, 1e2, seed) for seed in range(3)]), np.array(due)
     old = np.arange(3.0, dtype=np.float32)[:, None, None] + np.zeros_like(X)
-    found = jax.jit(stacks.inverse)(X, np.full(3, 0.1, np.float32), (due, old))
+    found = jax.jit(inverse.__wrapped__)(X, np.full(3, 0.1, np.float32), (due, old))
     for got, x, before, now in zip(found, X, old, due, strict=True):
         assert error(got, x, 0.1) <= 1e-5 if now else np.array_equal(got, before)
     values, Q = jax.jit(stacks.eigh)(X, (due, (old[:, 0], old)))
@@ -85,6 +89,21 @@ def test_what_is_not_due_is_kept(together, due, monkeypatch):
             np.testing.assert_allclose(Q[i] * values[i] @ Q[i].T, X[i], atol=1e-5)
         else:
             assert np.array_equal(values[i], old[i, 0]) and np.array_equal(Q[i], old[i])
+
+
+def test_sizes_with_equally_many_panels_share_a_program():
+    """Whatever of them is due."""
+    X = {str(d): np.stack([spd(d, 1e2, seed) for seed in range(2)]) for d in (40, 41, 70, 7, 8)}
+    shifts = {size: np.full(2, 0.1, np.float32) for size in X}
+    old = {size: np.full_like(x, 7) for size, x in X.items()}
+    kept = {size: (np.array([True, False]), old[size]) for size in ("41", "7")}
+    found = jax.jit(stacks.inverses)(X, shifts, kept)
+    for size, x in X.items():
+        assert error(found[size][0], x[0], 0.1) <= 1e-5
+        assert (
+            np.array_equal(found[size][1], old[size][1]) if size in kept else error(found[size][1], x[1], 0.1) <= 1e-5
+        )
+    assert stacks._panels(40) == stacks._panels(41) == (2, 32) and stacks._panels(7) == stacks._panels(8) == (1, 8)
 
 
 def test_eigenvectors_of_each_matrix():

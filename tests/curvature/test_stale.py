@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from curvtrain import losses
-from curvtrain.curvature import KFAC
+from curvtrain.curvature import KFAC, owners
 from curvtrain.curvature.kfac.stale import Staleness
 from curvtrain.objective import Objective
 
@@ -210,7 +210,7 @@ def test_scales_of_a_basis_that_stays_go_on():
     np.testing.assert_array_equal(after.scales["b"], c.scales["b"])
     alpha, gamma = after.pair(after.values, "a")
     np.testing.assert_allclose(after.scales["a"], alpha[:, :, None] * gamma[:, None, :], rtol=1e-6)
-    weights = after.stale.scale_weights
+    weights = owners.Blocks(after.stale.scale_weights, after.layout)
     assert float(weights["a"][0]) == 1.0 and float(weights["b"][0]) == pytest.approx(1.95)
     last = update(estimator, after, batch_of(2))
     S = update(estimator, dataclasses.replace(after, scales=jax.tree.map(jnp.zeros_like, after.scales)), batch_of(2))

@@ -76,7 +76,9 @@ def test_killed_with_kfac(tmp_path, cache):
     """Kronecker factors, cached inverses, damping and velocity."""
     with np.load(end_of_three_kills(tmp_path, cache, "kfac")) as end:
         assert end["curvature/refreshes"] >= STEPS // 3 and end["opt_state/rejected"] < STEPS // 4
-        assert np.all(np.isfinite(end["opt_state/damping"])) and np.any(end["opt_state/velocity/fc1/kernel"] != 0)
+        assert np.all(np.isfinite(end["opt_state/request/damping"])) and np.any(
+            end["opt_state/velocity/fc1/kernel"] != 0
+        )
 
 
 def test_terminated_five_times(tmp_path, cache, uninterrupted):

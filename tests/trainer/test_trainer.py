@@ -474,6 +474,14 @@ def test_a_divergence_names_its_step():
     assert "Lower the learning rate" in message
 
 
+@pytest.mark.parametrize("eval_data", [None, examples(20)], ids=["without evaluation", "with"])
+def test_a_run_that_diverged_diverges_again(eval_data):
+    run = trainer(optimizer=optax.sgd(lambda count: jnp.where(count == 3, jnp.nan, 0.1)), steps=6, eval_data=eval_data)
+    for _ in range(2):
+        with pytest.raises(Diverged):
+            run.fit()
+
+
 def test_lines_tell_rate_and_time_left(capsys):
     trainer(steps=8, log_every=2, progress=True, eval_data=examples(20), eval_every=4).fit()
     lines = capsys.readouterr().out.splitlines()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from curvtrain._text import table
-from curvtrain.curvature.capture.layers import LAYERS, WRAPPERS, Layer, Path, PlainParameter, Unsupported
+from curvtrain.curvature.capture.layers import WRAPPERS, Layer, Path, PlainParameter, Unsupported, merged
 from curvtrain.objective import Objective
 
 PyTree = Any
@@ -30,12 +30,26 @@ class Coverage:
 
     @property
     def known(self) -> tuple[Layer, ...]:
-        """The layers other than plain parameters."""
-        return tuple(layer for layer in self.layers if not isinstance(layer, PlainParameter))
+        """The layers other than plain parameters: those that are tapped."""
+        return tuple(layer for layer in self.layers if layer.tapped)
 
     @property
-    def plain(self) -> tuple[PlainParameter, ...]:
-        return tuple(layer for layer in self.layers if isinstance(layer, PlainParameter))
+    def plain(self) -> tuple[Layer, ...]:
+        """The parameters that belong to no layer."""
+        return tuple(layer for layer in self.layers if not layer.tapped)
+
+    @property
+    def factored(self) -> tuple[Layer, ...]:
+        """The layers whose blocks K-FAC factorises."""
+        return tuple(layer for layer in self.known if layer.block().own is None)
+
+    @property
+    def by_module(self) -> dict[Path, tuple[Layer, ...]]:
+        """The tapped layers of each module."""
+        modules: dict[Path, tuple[Layer, ...]] = {}
+        for layer in self.known:
+            modules[layer.path] = (*modules.get(layer.path, ()), layer)
+        return modules
 
     def matrices(self, vector: PyTree) -> dict[str, jax.Array]:
         """A vector like the parameters as each layer's M."""
@@ -53,7 +67,7 @@ class Coverage:
 
     def zeros(self) -> PyTree:
         """A zero vector like the parameters."""
-        zeros = lambda layer: {name: jnp.zeros((*layer.stack, *shape)) for name, shape in layer.shapes}
+        zeros = lambda layer: {name: jnp.zeros((*layer.scan_axes, *shape)) for name, shape in layer.shapes}
         return self.vector({layer.name: layer.matrix(zeros(layer)) for layer in self.layers})
 
     def like(self) -> PyTree:
@@ -75,7 +89,7 @@ class Coverage:
         lines = [("parameters", "layer", "block", "shapes", "curvature bytes", "share")]
         for layer in self.layers:
             kind, size = blocks[layer.name]
-            shapes = ", ".join(f"{name} {(*layer.stack, *shape)}" for name, shape in layer.shapes)
+            shapes = ", ".join(f"{name} {(*layer.scan_axes, *shape)}" for name, shape in layer.shapes)
             lines.append((layer.name or ".", layer.kind, kind, shapes, f"{size:,}", f"{layer.size / total:.1%}"))
         besides = besides or {}
         lines += [(name, "", "", "", f"{size:,}", "") for name, size in besides.items()]
@@ -85,7 +99,13 @@ class Coverage:
 
 
 def cover(
-    objective: Objective, params: PyTree, who: str, *, uncovered: str = "error", plain: str | None = None
+    objective: Objective,
+    params: PyTree,
+    who: str,
+    *,
+    uncovered: str = "error",
+    plain: str | None = None,
+    layers: Mapping[type, Any] | None = None,
 ) -> Coverage:
     """The coverage of an objective's model.
 
@@ -96,45 +116,32 @@ def cover(
       uncovered: what to do about parameters of unknown layers: "error", or "diagonal" to treat them as plain vectors.
       plain: a regular expression; layers whose path, or a parameter's path, it matches from the start are treated as
         plain.
+      layers: for classes of modules, their layers, in the place of what `register_layer` was told.
+
+    A layer of which only some parameters are trained covers those; one without any is left out.
 
     Raises:
+      TypeError: `layers` has what are no classes of modules or layers.
       ValueError: parameters that no known layer covers, with the reason for each, unless `uncovered` allows it; or
         `plain` matches nothing.
     """
     module = objective.module(params)
     named = (lambda path: False) if plain is None else (lambda path: re.match(plain, _join(path)) is not None)
-    layers: list[Layer] = []
-    reasons: dict[Path, str] = {}
-    wrapped = [path for path, m in nnx.iter_modules(module) if isinstance(m, WRAPPERS)]
-    users = _users(module)
-    for path, m in nnx.iter_modules(module):
-        known = next((cls for cls in type(m).__mro__ if cls in LAYERS), None)
-        if known is None:
-            continue
-        others = sorted({_join(user) for v in _variables(m).values() for user in users[id(v)] if user != path})
-        if type(m) is not known:
-            reasons[path] = f"{type(m).__name__} is a subclass of {known.__name__}: register_layer it if it is one"
-        elif any(path[: len(wrapper)] == wrapper for wrapper in wrapped):
-            reasons[path] = "it is inside a wrapper that computes its parameters"
-        elif others:
-            reasons[path] = f"{', '.join(others)} has parameters of this {known.__name__} too"
-        else:
-            try:
-                layers.append(LAYERS[known].from_module(path, m))
-            except Unsupported as why:
-                reasons[path] = str(why)
+    known = merged(layers or {}, f"{who}(layers)")
+    leaves = {path: leaf for path, leaf in _leaves(params) if leaf.size}
+    all_layers, reasons = _layers_of(module, known)
+    found = [_trained(layer, leaves) for layer in all_layers]
     chosen = {path for path, _ in _leaves(params) if named(path) or named(path[:-1])}
     if plain is not None and not chosen:
         paths = ", ".join(sorted(_join(path) for path, _ in _leaves(params))[:3])
         raise ValueError(f"{who}(plain={plain!r}) matches no parameter. Paths are like {paths}.")
-    own = lambda layer: {(*layer.path, name) for name, _ in layer.shapes}
-    for layer in layers:  # all of a layer is plain if a part of it is
-        if own(layer) & chosen:
-            chosen |= own(layer)
-    layers = [layer for layer in layers if not own(layer) & chosen and _has(params, layer)]
-    covered = {path for layer in layers for path in own(layer)}
+    for layer in found:  # all of a layer is plain if a part of it is
+        if set(_paths(layer)) & chosen:
+            chosen |= set(_paths(layer))
+    found = [layer for layer in found if layer.shapes and not set(_paths(layer)) & chosen]
+    covered = {path for layer in found for path in _paths(layer)}
     rest = [(path, leaf) for path, leaf in _leaves(params) if path not in covered]
-    missing = [path for path, _ in rest if path not in chosen]
+    missing = [path for path, leaf in rest if path not in chosen and leaf.size]
     if missing and uncovered == "error":
         lines = "\n".join(f"  {_join(p)}: {_reason(p, reasons)}" for p in missing)
         raise ValueError(
@@ -142,18 +149,45 @@ def cover(
             f"block with {who}(uncovered='diagonal'), or name them in {who}(plain=<regular expression of paths>), or "
             f"say what their layer is with curvature.register_layer."
         )
-    layers += [PlainParameter(p[:-1], "parameter", (), ((p[-1], tuple(leaf.shape)),)) for p, leaf in rest]
-    return Coverage(tuple(layers))
+    others = [PlainParameter(p[:-1], "parameter", (), ((p[-1], tuple(leaf.shape)),)) for p, leaf in rest]
+    return Coverage((*found, *others))
 
 
-def _has(params: PyTree, layer: Layer) -> bool:
-    """Whether all of a layer's parameters are among the trainable ones."""
-    node = params
-    for part in layer.path:
-        if not isinstance(node, Mapping) or part not in node:
-            return False
-        node = node[part]
-    return all(name in node for name, _ in layer.shapes)
+def _layers_of(
+    module: nnx.Module, known: Mapping[type, tuple[type[Layer], ...]]
+) -> tuple[list[Layer], dict[Path, str]]:
+    """(the layers of a model, trained or not; for each module that has none, the reason)."""
+    layers: list[Layer] = []
+    reasons: dict[Path, str] = {}
+    wrapped = [path for path, m in nnx.iter_modules(module) if isinstance(m, WRAPPERS)]
+    users = _users(module)
+    for path, m in nnx.iter_modules(module):
+        base = next((cls for cls in type(m).__mro__ if cls in known), None)
+        if base is None:
+            continue
+        others = sorted({_join(user) for v in _variables(m).values() for user in users[id(v)] if user != path})
+        if type(m) is not base:
+            reasons[path] = f"{type(m).__name__} is a subclass of {base.__name__}: register_layer it if it is one"
+        elif any(path[: len(wrapper)] == wrapper for wrapper in wrapped):
+            reasons[path] = "it is inside a wrapper that computes its parameters"
+        elif others:
+            reasons[path] = f"{', '.join(others)} has parameters of this {base.__name__} too"
+        else:
+            try:
+                layers += [layer.from_module(path, m) for layer in known[base]]
+            except Unsupported as why:
+                reasons[path] = str(why)
+    return layers, reasons
+
+
+def _paths(layer: Layer) -> list[Path]:
+    return [(*layer.path, name) for name, _ in layer.shapes]
+
+
+def _trained(layer: Layer, leaves: Mapping[Path, Any]) -> Layer:
+    """The layer with those of its parameters that are trained and not empty."""
+    names = [path[-1] for path in _paths(layer) if path in leaves]
+    return layer if len(names) == len(layer.shapes) else layer.restricted(names)
 
 
 def at(tree: PyTree, path: Path) -> PyTree:

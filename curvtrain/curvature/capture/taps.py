@@ -14,13 +14,14 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from curvtrain.curvature.capture.layers import Layer, Path
+from curvtrain.curvature.capture.layers import Backward, Layer, Path
+from curvtrain.curvature.capture.statistics import Statistic
 
 PyTree = Any
 Arrays = Mapping[str, jax.Array]
@@ -30,76 +31,54 @@ class Slot(nnx.Param):
     """A zero whose cotangent is a statistic, or an array that a statistic needs. A `Param`: scanned as those are."""
 
 
-class Measure(Protocol):
-    """What a tap computes. Hashable: it is part of the module's static structure."""
-
-    def __call__(self, call: "Call", saved: PyTree, s: jax.Array, given: Arrays) -> dict[str, jax.Array]:
-        """Statistics of one call of a layer, from what it saved and the cotangent of its output."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """The static half of one kind of call.
+class Tap:
+    """The static attribute of a tapped module, one for each of its layers.
 
     Attributes:
       layer: the layer.
-      use: "call", or "attend" of an embedding.
       examples: how many examples its input holds: N, or 1 where the model maps over its examples one by one.
-    """
-
-    layer: Layer
-    use: str
-    examples: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Tap:
-    """The static attribute of a tapped module.
-
-    Attributes:
-      layer: its layer.
-      examples: as in `Call`.
-      measure: what to compute.
+      statistic: what to compute.
       names: of the slots that receive statistics.
-      given: of the slots that hold arrays which `measure` needs.
+      given: of the slots that hold arrays which the statistic needs.
     """
 
     layer: Layer
     examples: int
-    measure: Measure
+    statistic: Statistic
     names: tuple[str, ...]
     given: tuple[str, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _observe(measure, call, y, saved, given, slots):
+def _observe(tap, use, y, saved, given, slots):
     return y
 
 
-def _observe_fwd(measure, call, y, saved, given, slots):
+def _observe_fwd(tap, use, y, saved, given, slots):
     return y, (saved, given, slots)
 
 
-def _observe_bwd(measure, call, residuals, s):
+def _observe_bwd(tap, use, residuals, s):
     saved, given, slots = residuals
-    found = measure(call, saved, s, given)
+    sums = tap.statistic(tap.layer, Backward(use, tap.examples, saved, s, given))
     # Where the model is mapped over examples, jax.vmap adds up over them what depends on them: a mere count would not.
     one = jnp.any(s != 0) | True
-    of = lambda name, slot: jnp.where(one, found[name], 0).astype(slot.dtype).reshape(slot.shape)
-    return s, None, None, {name: of(name, slot) for name, slot in slots.items()}
+    cotangent = lambda name, slot: jnp.where(one, sums[name], 0).astype(slot.dtype).reshape(slot.shape)
+    return s, None, None, {name: cotangent(name, slot) for name, slot in slots.items()}
 
 
 _observe.defvjp(_observe_fwd, _observe_bwd)
 
 
 def _apply(module, use: str, y, x, options):
-    tap: Tap = module.curvature_tap
-    saved = jax.lax.stop_gradient(tap.layer.saved(module, x, options) if use == "call" else x)
-    read = lambda name: getattr(module, f"slot_{name}").get_value()
-    given = {name: read(name) for name in tap.given}
-    slots = {name: read(name) for name in tap.names}
-    return _observe(tap.measure, Call(tap.layer, use, tap.examples), y, saved, given, slots)
+    for i, tap in enumerate(module.curvature_taps):
+        saved = jax.lax.stop_gradient(tap.layer.saved(module, x, options) if use == "call" else x)
+        read = lambda name, i=i: getattr(module, f"slot_{i}_{name}").get_value()
+        given = {name: read(name) for name in tap.given}
+        slots = {name: read(name) for name in tap.names}
+        y = _observe(tap, use, y, saved, given, slots)
+    return y
 
 
 _USES = {"__call__": "call", "attend": "attend"}  # methods that use a layer's parameters
@@ -111,7 +90,7 @@ def _subclass(cls: type, prefix: str, wrap: Callable[[Callable[..., Any], str], 
     return type(cls)(f"{prefix}{cls.__name__}", (cls,), methods)
 
 
-def _bound(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def bound(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """(the input, the other arguments by name) of a call, however they were passed."""
     _, (_, x), *options = inspect.signature(method).bind(*args, **kwargs).arguments.items()
     return x, dict(options)
@@ -122,37 +101,41 @@ def _tapped(cls: type) -> type:
     def wrap(method, use):
         @functools.wraps(method)
         def tapped(*args, **kwargs):
-            return _apply(args[0], use, method(*args, **kwargs), *_bound(method, args, kwargs))
+            return _apply(args[0], use, method(*args, **kwargs), *bound(method, args, kwargs))
 
         return tapped
 
     return _subclass(cls, "Tapped", wrap)
 
 
-def _modules(module: nnx.Module) -> list[tuple[Path, Any]]:
-    return list(nnx.iter_modules(module))  # a list: what follows adds attributes
+def modules_of(module: nnx.Module) -> list[tuple[Path, Any]]:
+    """All modules by path. A list: adding attributes to them changes what iterating finds."""
+    return list(nnx.iter_modules(module))
 
 
-def attach(module: nnx.Module, taps: Mapping[Path, Tap], arrays: Mapping[str, Arrays]) -> None:
+def attach(module: nnx.Module, taps: Mapping[Path, tuple[Tap, ...]], arrays: Mapping[str, Arrays]) -> None:
     """Taps the modules at these paths, in place.
 
     Args:
       module: a model that nobody else uses.
       taps: by path.
-      arrays: for each layer's name, its slots and given arrays by name, with the layer's stack as leading axes.
+      arrays: for each layer's name, its slots and given arrays by name, with the layer's scan axes first.
     """
-    for path, m in _modules(module):
+    for path, m in modules_of(module):
         if path in taps:
-            tap = taps[path]
-            m.curvature_tap = tap
-            for name in (*tap.names, *tap.given):
-                setattr(m, f"slot_{name}", Slot(arrays[tap.layer.name][name]))
+            m.curvature_taps = taps[path]
+            for i, tap in enumerate(taps[path]):
+                for name in (*tap.names, *tap.given):
+                    setattr(m, f"slot_{i}_{name}", Slot(arrays[tap.layer.name][name]))
             m.__class__ = _tapped(type(m))
+
+
+# -- calls -------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Seen:
-    """One call of a layer, as it was traced.
+    """One call of a module, as it was traced.
 
     Attributes:
       shape: of the input.
@@ -164,10 +147,15 @@ class Seen:
 
 
 class Record:
-    """What a recorder saw, filled while a model is traced: calls by layer name. Compared by identity."""
+    """What a recorder saw, filled while a model is traced: calls by the module's path. Compared by identity.
 
-    def __init__(self):
-        self.calls: dict[str, list[Seen]] = {}
+    Attributes:
+      maps: whether to note `jax.vmap`, too; such a model cannot be differentiated.
+    """
+
+    def __init__(self, maps: bool):
+        self.calls: dict[Path, list[Seen]] = {}
+        self.maps = maps
 
 
 @functools.cache
@@ -175,21 +163,22 @@ def _recording(cls: type) -> type:
     def wrap(method, use):
         @functools.wraps(method)
         def recording(*args, **kwargs):
-            layer, record = args[0].curvature_record
-            x = jnp.asarray(_bound(method, args, kwargs)[0])
+            path, names, record = args[0].curvature_record
+            x = jnp.asarray(bound(method, args, kwargs)[0])
             seen = Seen(x.shape, [])
-            record.calls.setdefault(layer.name, []).append(seen)
-            return _probe(method(_without_parameters(args[0], layer), *args[1:], **kwargs), x, seen)
+            record.calls.setdefault(path, []).append(seen)
+            y = method(_without_parameters(args[0], names), *args[1:], **kwargs)
+            return _probe(y, x, seen) if record.maps else y
 
         return recording
 
     return _subclass(cls, "Recording", wrap)
 
 
-def _without_parameters(module: Any, layer: Layer) -> Any:
-    """A copy with zeros for parameters: what still depends on them then uses them outside of the layer."""
+def _without_parameters(module: Any, names: tuple[str, ...]) -> Any:
+    """A copy with zeros for these parameters: what still depends on them then uses them outside of the layer."""
     ghost: Any = nnx.clone(module)
-    for name, _ in layer.shapes:
+    for name in names:
         variable = getattr(ghost, name)
         variable.set_value(jnp.zeros(variable.shape, variable.dtype))
     return ghost
@@ -211,11 +200,12 @@ def _probe(y: jax.Array, x: jax.Array, seen: Seen) -> jax.Array:
     return probe(y, x)
 
 
-def record_calls(module: nnx.Module, layers: Mapping[Path, Layer]) -> Record:
+def record_calls(module: nnx.Module, layers: Mapping[Path, tuple[Layer, ...]], maps: bool) -> Record:
     """Makes the modules at these paths record the shapes of their inputs, in place; they compute with zeros."""
-    record = Record()
-    for path, m in _modules(module):
+    record = Record(maps)
+    for path, m in modules_of(module):
         if path in layers:
-            m.curvature_record = layers[path], record
+            names = tuple(name for layer in layers[path] for name, _ in layer.shapes)
+            m.curvature_record = path, names, record
             m.__class__ = _recording(type(m))
     return record

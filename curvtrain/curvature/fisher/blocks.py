@@ -2,7 +2,8 @@
 
 import abc
 import dataclasses
-import math
+import functools
+import operator
 from typing import Any, ClassVar
 
 import jax
@@ -10,14 +11,13 @@ import jax.numpy as jnp
 
 from curvtrain import _checks
 from curvtrain.curvature import stacks, trees
-from curvtrain.curvature.base import Curvature
-from curvtrain.curvature.capture import FISHERS, Coverage, EmbedLayer, NormLayer, PlainParameter
-from curvtrain.curvature.capture.layers import Layer, MatrixLayer
+from curvtrain.curvature.base import Curvature, is_inverse
+from curvtrain.curvature.capture import FISHERS, Coverage, Layer
 from curvtrain.curvature.capture.statistics import FullStatistic, UnitStatistic
-from curvtrain.curvature.fisher.base import LayerEstimator
+from curvtrain.curvature.fisher.base import LayerEstimator, spread_specs
 from curvtrain.curvature.mesh import axes_for, mesh_shape, split
-from curvtrain.curvature.products import as_matrix, hvp
-from curvtrain.objective import safe
+from curvtrain.curvature.products import hvp
+from curvtrain.objective import Objective
 
 PyTree = Any
 Arrays = dict[str, jax.Array]
@@ -63,19 +63,30 @@ class Blocks(Curvature):
         """(C + damping I)^-1 v, for the blocks of the last refresh."""
         return self._in_basis(vector, lambda value: 1.0 / (value + damping))
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
-        """(C + damping I)^exponent v, for the blocks of the last refresh; negative eigenvalues count as zero."""
-        if exponent == -1.0:
-            return self.solve(vector, damping)
-        return self._in_basis(vector, lambda value: (jnp.maximum(value, 0.0) + damping) ** exponent)
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
+        """(C + damping I)^exponent v, for the blocks of the last refresh.
 
-    def as_matrix(self) -> jax.Array:
-        return as_matrix(self.matvec, self.coverage.zeros())
+        NaN where an eigenvalue of the damped matrix is negative and the exponent no integer: of a Fisher none is.
+        """
+        if is_inverse(exponent):
+            return self.solve(vector, damping)
+        return self._in_basis(vector, lambda value: (value + damping) ** exponent)
+
+    def diagonal(self) -> PyTree:
+        """diag(C), like the parameters."""
+        zeros = {layer.name: jnp.zeros((layer.copies, layer.d_i, layer.d_o)) for layer in self.coverage.layers}
+        diagonal = lambda name, _: jnp.diagonal(self.blocks[name], axis1=1, axis2=2)
+        return self._map(self.coverage.vector(zeros), diagonal)
+
+    def logdet(self, damping: jax.Array | float) -> jax.Array:
+        """log |det(C + damping I)|, for the blocks of the last refresh."""
+        log = lambda value: jnp.sum(jnp.log(jnp.abs(value + damping)))
+        return functools.reduce(operator.add, map(log, self.values.values()))
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest eigenvalue, refreshes, failures and skipped updates."""
         return {
-            "block_eigenvalue_max": jnp.max(jnp.stack([jnp.max(value) for value in self.values.values()])),
+            "block_eigenvalue_max": jnp.max(jnp.stack([jnp.max(v) for v in self.values.values() if v.size])),
             "refreshes": self.refreshes,
             "failures": self.failures,
             "skipped": self.skipped,
@@ -90,17 +101,29 @@ class Blocks(Curvature):
         return self._map(vector, apply)
 
     def _map(self, vector, function):
-        found = {}
+        """Applies function(layer's name, rows (K, d)) to the rows of M that blocks belong to."""
+        results = {}
         with trees.exact():
-            plain = {layer.name for layer in self.coverage.plain}
-            for name, M in self.coverage.matrices(trees.float32(vector)).items():
-                by_unit = self.unit or name in plain
-                rows = jnp.swapaxes(M, 1, 2) if by_unit else M
-                shape = rows.shape
-                rows = rows.reshape(-1, shape[-1]) if by_unit else rows.reshape(shape[0], -1)
-                rows = function(name, rows).reshape(shape)
-                found[name] = jnp.swapaxes(rows, 1, 2) if by_unit else rows
-        return self.coverage.vector(found)
+            matrices = self.coverage.matrices(trees.float32(vector))
+            for layer in self.coverage.layers:
+                M = matrices[layer.name]
+                rows = jnp.swapaxes(M, 1, 2) if _by_unit(layer, self.unit) else M
+                count, d = _size(layer, self.unit)
+                mapped = function(layer.name, rows.reshape(count, d)).reshape(rows.shape)
+                results[layer.name] = jnp.swapaxes(mapped, 1, 2) if _by_unit(layer, self.unit) else mapped
+        return self.coverage.vector(results)
+
+
+def _by_unit(layer: Layer, unit: bool) -> bool:
+    """Whether a layer has a block for each column of M; parameters without a layer always do."""
+    return unit or not layer.tapped
+
+
+def _size(layer: Layer, unit: bool) -> tuple[int, int]:
+    """(number of blocks, rows of a block)."""
+    if _by_unit(layer, unit):
+        return layer.copies * layer.d_o, layer.d_i
+    return layer.copies, layer.d_i * layer.d_o
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,15 +136,14 @@ class _BlockEstimator(LayerEstimator[Blocks]):
 
     largest: int = dataclasses.field(default=4096, kw_only=True)
 
-    unit: ClassVar[bool] = True
+    unit: ClassVar[bool]
 
-    def __post_init__(self):
-        super().__post_init__()
+    def _check_options(self):
         _checks.positive_int(f"{self.name}(largest)", self.largest)
 
     def init(self, objective, params) -> Blocks:
         coverage = self.coverage(objective, params)
-        sizes = {layer.name: self._size(layer) for layer in coverage.layers}
+        sizes = {layer.name: _size(layer, self.unit) for layer in coverage.layers}
         for layer in coverage.layers:
             if sizes[layer.name][1] > self.largest:
                 raise ValueError(
@@ -143,25 +165,48 @@ class _BlockEstimator(LayerEstimator[Blocks]):
         )
 
     def refresh(self, curvature: Blocks, objective, params, batch, key, damping=None) -> Blocks:
-        vectors, values, failures = {}, {}, curvature.failures
-        share = lambda F: split(stacks.eigh, axes_for(mesh_shape(), len(F)))  # of those of a layer, on each device
-        found = stacks.in_turn(lambda _, F: share(F)(F), curvature.blocks)
-        for name, (value, Q) in found.items():
+        names = [name for name, F in curvature.blocks.items() if F.size]
+        sizes: dict[int, list[str]] = {}
+        for name in names:  # blocks of one size are factorised together
+            sizes.setdefault(curvature.blocks[name].shape[-1], []).append(name)
+        share = lambda F: split(stacks.eigh, axes_for(mesh_shape(), len(F)))  # of those of a size, on each device
+        together = {str(d): jnp.concatenate([curvature.blocks[name] for name in of]) for d, of in sizes.items()}
+        eigen = stacks.in_turn(lambda _, F: share(F)(F), together)
+        vectors, values, failures = dict(curvature.vectors), dict(curvature.values), curvature.failures
+        for d, members in sizes.items():
+            value, Q = eigen[str(d)]
+            value = self._rounded(value)
             finite = jnp.all(jnp.isfinite(value), axis=1) & jnp.all(jnp.isfinite(Q), axis=(1, 2))
-            vectors[name] = jnp.where(finite[:, None, None], Q, curvature.vectors[name])
-            values[name] = jnp.where(finite[:, None], value, curvature.values[name])
             failures += jnp.sum(~finite, dtype=jnp.int32)
+            old = [jnp.concatenate([kept[name] for name in members]) for kept in (values, vectors)]
+            value = jnp.where(finite[:, None], value, old[0])
+            Q = jnp.where(finite[:, None, None], Q, old[1])
+            start = 0
+            for name in members:
+                stop = start + len(curvature.blocks[name])
+                values[name], vectors[name], start = value[start:stop], Q[start:stop], stop
         return dataclasses.replace(
             curvature, vectors=vectors, values=values, refreshes=curvature.refreshes + 1, failures=failures
         )
 
-    def _block(self, layer):
-        count, d = self._size(layer)
-        return f"{count} x ({d} x {d})", count * (2 * d * d + d)  # a block, its eigenvectors and its eigenvalues
+    def partition_specs(self, curvature: Blocks, param_specs, mesh):
+        return spread_specs(curvature, mesh)
+
+    def means(self, curvature: Blocks, sums, W):
+        layers, blocks = curvature.coverage.layers, {}
+        for layer in layers:
+            (statistic,) = sums[layer.name].values()
+            count, d = _size(layer, self.unit)
+            blocks[layer.name] = statistic.reshape(count, d, d) / W
+        return {"blocks": blocks}
 
     @abc.abstractmethod
-    def _size(self, layer: Layer) -> tuple[int, int]:
-        """(number of blocks, rows of a block)."""
+    def _rounded(self, values: jax.Array) -> jax.Array:
+        """Eigenvalues, without what rounding made negative."""
+
+    def _described(self, layer):
+        count, d = _size(layer, self.unit)
+        return f"{count} x ({d} x {d})", count * (2 * d * d + d)  # a block, its eigenvectors and its eigenvalues
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,26 +217,13 @@ class UnitWise(_BlockEstimator):
     block at most. Plain parameters have 1 x 1 blocks.
     """
 
-    def update(self, curvature: Blocks, objective, params, batch, key, *, grads=None) -> Blocks:
-        found, W = self.collect(UnitStatistic(), curvature.coverage, objective, params, batch, key)
-        new = {}
-        for layer in curvature.coverage.layers:
-            if isinstance(layer, PlainParameter):
-                new[layer.name] = found[layer.name]["D2"] / safe(W)
-            elif isinstance(layer, NormLayer):  # (..., p, p, C) → (..., C, p, p)
-                new[layer.name] = jnp.moveaxis(found[layer.name]["F"], -1, -3) / safe(W)
-            else:
-                new[layer.name] = found[layer.name]["F"] / safe(W)
-        return self.absorb(curvature, "blocks", new, W)
+    unit: ClassVar[bool] = True
 
-    def _size(self, layer):
-        if isinstance(layer, MatrixLayer):
-            return layer.copies * layer.d_o, layer.d_i
-        if isinstance(layer, EmbedLayer):
-            return layer.copies * layer.features, layer.vocabulary
-        if isinstance(layer, NormLayer):
-            return layer.copies * layer.channels, layer.units
-        return layer.size, 1
+    def _statistic(self):
+        return UnitStatistic()
+
+    def _rounded(self, values):
+        return jnp.maximum(values, 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,41 +234,50 @@ class FullBlock(_BlockEstimator):
     may be indefinite.
     """
 
-    unit = False
-    fishers = (*FISHERS, "hessian")
+    unit: ClassVar[bool] = False
+    fishers: ClassVar[tuple[str, ...]] = (*FISHERS, "hessian")
 
-    def update(self, curvature: Blocks, objective, params, batch, key, *, grads=None) -> Blocks:
-        coverage = curvature.coverage
-        if self.fisher == "hessian":
-            W = objective.accumulate(lambda piece, k: objective.total(params, piece, k)[1], batch, key)
-            return self.absorb(curvature, "blocks", _hessian_blocks(coverage, objective, params, batch, key), W)
-        found, W = self.collect(FullStatistic(), coverage, objective, params, batch, key)
-        new = {}
-        for layer in coverage.layers:
-            new[layer.name] = found[layer.name]["D2" if isinstance(layer, PlainParameter) else "F"] / safe(W)
-        return self.absorb(curvature, "blocks", new, W)
+    def measure(self, curvature: Blocks, objective, params, batch, key):
+        if self.fisher != "hessian":
+            return super().measure(curvature, objective, params, batch, key)
+        return HessianMeasure(objective.with_microbatch(None), params, curvature.coverage)
 
-    def _size(self, layer):
-        if isinstance(layer, PlainParameter):
-            return layer.size, 1
-        copies = layer.copies if isinstance(layer, MatrixLayer | EmbedLayer | NormLayer) else 1
-        return copies, layer.size // copies
+    def _statistic(self):
+        return None if self.fisher == "hessian" else FullStatistic()
+
+    def _rounded(self, values):
+        return values if self.fisher == "hessian" else jnp.maximum(values, 0.0)
 
 
-def _hessian_blocks(coverage: Coverage, objective, params, batch, key) -> Arrays:
-    """The Hessian's block (K, d, d) of each layer: its columns are products with unit vectors."""
-    zero = coverage.matrices(trees.zeros(params))
-    plain = {layer.name for layer in coverage.plain}
-    found = {}
-    for name, M in zero.items():
-        K, d = M.shape[0], math.prod(M.shape[1:])
-        if name in plain:
-            K, d = d, 1
+@dataclasses.dataclass(frozen=True, eq=False)
+class HessianMeasure:
+    """The blocks of the Hessian of sum_n w_n l_n, layer by layer: an `objective.Measure` with passes of its own.
 
-        def column(i, name=name, M=M, K=K, d=d):
-            unit = jnp.zeros(K * d).at[i].set(1.0).reshape(M.shape)
-            Hv = hvp(objective, params, coverage.vector({**zero, name: unit}), batch, key)
-            return coverage.matrices(Hv)[name].reshape(K, d)[i // d]
+    Attributes:
+      objective, params: of the step; the objective takes a piece as a whole.
+      coverage: of its model.
+    """
 
-        found[name] = jax.lax.map(column, jnp.arange(K * d)).reshape(K, d, d)
-    return found
+    objective: Objective
+    params: PyTree
+    coverage: Coverage
+
+    def prepare(self, piece):
+        return {}, lambda module, slots: None
+
+    def sums(self, pull, own, outputs, piece, key):
+        """{layer name: {"F": (K, d, d)}}: columns are products with unit vectors."""
+        W = self.objective.total(self.params, piece, key)[1]
+        zero = self.coverage.matrices(trees.zeros(self.params))
+        blocks = {}
+        for layer in self.coverage.layers:
+            count, d = _size(layer, unit=False)
+
+            def column(i, layer=layer, count=count, d=d):
+                unit = jnp.zeros(count * d).at[i].set(1.0).reshape(zero[layer.name].shape)
+                vector = self.coverage.vector({**zero, layer.name: unit})
+                product = hvp(self.objective, self.params, vector, piece, key)  # of the mean
+                return W * self.coverage.matrices(product)[layer.name].reshape(count, d)[i // max(d, 1)]
+
+            blocks[layer.name] = {"F": jax.lax.map(column, jnp.arange(count * d)).reshape(count, d, d)}
+        return blocks

@@ -9,10 +9,11 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from curvtrain.curvature import trees
-from curvtrain.curvature.base import Curvature
+from curvtrain.curvature.base import Curvature, is_inverse
+from curvtrain.curvature.capture import Coverage
 from curvtrain.curvature.capture.statistics import DiagonalStatistic
-from curvtrain.curvature.fisher.base import LayerEstimator, stacked
-from curvtrain.objective import by_path, safe
+from curvtrain.curvature.fisher.base import LayerEstimator, spread_specs
+from curvtrain.objective import by_path
 
 PyTree = Any
 
@@ -26,12 +27,14 @@ class Diagonal(Curvature):
       values: float32, like the parameters.
       weight: float32 (): what the moving average has seen, a sum of powers of the decay; 0 before the first update.
       skipped: int32 (): updates with statistics that were not finite, or of no example; nothing was absorbed.
+      coverage: which layer every parameter belongs to, where an estimator of layers maintains it.
     """
 
     values: PyTree = ()
     # NumPy's: an array of JAX looks for devices, and `PSGD(Diagonal())` is written before processes are joined
     weight: Any = dataclasses.field(default_factory=lambda: np.float32(0))
     skipped: Any = dataclasses.field(default_factory=lambda: np.int32(0))
+    coverage: Coverage | None = dataclasses.field(default=None, metadata=dict(static=True))
 
     def like(self) -> PyTree:
         return jax.tree.map(lambda d: jax.ShapeDtypeStruct(d.shape, d.dtype), self.values)
@@ -44,7 +47,7 @@ class Diagonal(Curvature):
 
     def logdet(self, damping: jax.Array | float) -> jax.Array:
         """log |det(C + damping I)|."""
-        return sum((jnp.sum(jnp.log(d + damping)) for d in jax.tree.leaves(self.values)), jnp.float32(0))
+        return sum((jnp.sum(jnp.log(jnp.abs(d + damping))) for d in jax.tree.leaves(self.values)), jnp.float32(0))
 
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
@@ -54,9 +57,9 @@ class Diagonal(Curvature):
         """(C + damping I)^-1 v."""
         return jax.tree.map(lambda d, v: v / (d + damping), self.values, trees.float32(vector))
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v."""
-        if exponent == -1.0:
+        if is_inverse(exponent):
             return self.solve(vector, damping)
         return jax.tree.map(lambda d, v: (d + damping) ** exponent * v, self.values, trees.float32(vector))
 
@@ -65,7 +68,7 @@ class Diagonal(Curvature):
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and mean entry, and skipped updates."""
-        leaves = jax.tree.leaves(self.values)
+        leaves = [leaf for leaf in jax.tree.leaves(self.values) if leaf.size]
         largest = jnp.max(jnp.stack([jnp.max(leaf) for leaf in leaves]))
         return {
             "diagonal_max": largest,
@@ -86,16 +89,22 @@ class DiagonalFisher(LayerEstimator[Diagonal]):
     uncovered: str = dataclasses.field(default="diagonal", kw_only=True)  # which is exact, as all of it is
 
     def init(self, objective, params) -> Diagonal:
-        self.coverage(objective, params)
-        return Diagonal(trees.zeros(params), jnp.float32(0), jnp.int32(0))
+        return Diagonal(trees.zeros(params), jnp.float32(0), jnp.int32(0), self.coverage(objective, params))
 
-    def update(self, curvature: Diagonal, objective, params, batch, key, *, grads=None) -> Diagonal:
-        coverage = self.coverage(objective, params)
-        found, W = self.collect(DiagonalStatistic(), coverage, objective, params, batch, key)
-        D = coverage.vector(
-            {layer.name: stacked(found[layer.name]["D2"], layer) / safe(W) for layer in coverage.layers}
-        )
-        return self.absorb(curvature, "values", D, W)
+    def refresh(self, curvature: Diagonal, objective, params, batch, key, damping=None) -> Diagonal:
+        return curvature
 
-    def partition_specs(self, curvature, param_specs, mesh):
-        return dataclasses.replace(super().partition_specs(curvature, param_specs, mesh), values=param_specs)
+    def partition_specs(self, curvature: Diagonal, param_specs, mesh):
+        return dataclasses.replace(spread_specs(curvature, mesh), values=param_specs)
+
+    def means(self, curvature: Diagonal, sums, W):
+        assert curvature.coverage is not None
+        layers = curvature.coverage.layers
+        matrix = lambda layer: sums[layer.name]["D2"].reshape(layer.copies, layer.d_i, layer.d_o)
+        return {"values": curvature.coverage.vector({layer.name: matrix(layer) / W for layer in layers})}
+
+    def _statistic(self):
+        return DiagonalStatistic()
+
+    def _described(self, layer):
+        return "diagonal", layer.size

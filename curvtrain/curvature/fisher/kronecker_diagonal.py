@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.curvature.base import Curvature
-from curvtrain.curvature.capture import Coverage, EmbedLayer, NormLayer, PlainParameter
-from curvtrain.curvature.capture.layers import Layer, MatrixLayer
+from curvtrain.curvature.capture import Coverage, Layer
+from curvtrain.curvature.capture.layers.blocks import means_of
 from curvtrain.curvature.capture.statistics import KroneckerStatistic
-from curvtrain.curvature.fisher.base import LayerEstimator, stacked
+from curvtrain.curvature.fisher.base import LayerEstimator, spread_specs
 from curvtrain.curvature.fisher.diagonal import Diagonal
-from curvtrain.objective import by_path, safe
+from curvtrain.objective import by_path
 
 PyTree = Any
 Arrays = dict[str, jax.Array]
@@ -39,17 +39,10 @@ class DiagonalFactors(Curvature):
 
     def diagonal(self) -> PyTree:
         """diag(C), like the parameters."""
-        found = {}
-        for layer in self.coverage.layers:
-            f = self.factors[layer.name]
-            if isinstance(layer, MatrixLayer):
-                found[layer.name] = f["A"][:, :, None] * f["G"][:, None, :]
-            elif isinstance(layer, EmbedLayer):
-                found[layer.name] = f["counts"][:, :, None] * f["G"][:, None, :]
-                found[layer.name] += f["G_head"][:, :, None] * f["A_head"][:, None, :]
-            else:
-                found[layer.name] = f["D2"]
-        return self.coverage.vector(found)
+        layers = self.coverage.layers
+        return self.coverage.vector(
+            {layer.name: layer.block().diagonal_of(self.factors[layer.name]) for layer in layers}
+        )
 
     def like(self) -> PyTree:
         return self.coverage.like()
@@ -69,7 +62,7 @@ class DiagonalFactors(Curvature):
         """(C + damping I)^-1 v."""
         return Diagonal(self.diagonal()).solve(vector, damping)
 
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: float) -> PyTree:
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v."""
         return Diagonal(self.diagonal()).power(vector, damping, exponent)
 
@@ -90,44 +83,34 @@ class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
 
     def init(self, objective, params) -> DiagonalFactors:
         coverage = self.coverage(objective, params)
-        factors: dict[str, Arrays] = {}
-        for layer in coverage.layers:
-            shapes = self._shapes(layer)
-            factors[layer.name] = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+        zeros = lambda layer: {name: jnp.zeros(shape) for name, shape in self._shapes(layer).items()}
+        factors = {layer.name: zeros(layer) for layer in coverage.layers}
         return DiagonalFactors(factors, jnp.float32(0), jnp.int32(0), coverage)
 
-    def update(self, curvature: DiagonalFactors, objective, params, batch, key, *, grads=None) -> DiagonalFactors:
-        coverage = curvature.coverage
-        found, W = self.collect(KroneckerStatistic(diagonal=True), coverage, objective, params, batch, key)
-        factors: dict[str, Arrays] = {}
-        for layer in coverage.layers:
-            x = found[layer.name]
-            if isinstance(layer, NormLayer):
-                x = {"D2": jnp.moveaxis(jnp.diagonal(stacked(x["F"], layer), axis1=1, axis2=2), -1, 1) / safe(W)}
-            elif isinstance(layer, PlainParameter):
-                x = {"D2": x["D2"] / safe(W)}
-            else:
-                rows = {"A": "rows", "counts": "rows", "A_head": "head_rows"}
-                names = curvature.factors[layer.name]
-                x = {name: x[name] / (_rows(x[rows[name]], x[name]) if name in rows else safe(W)) for name in names}
-            factors[layer.name] = x
-        return self.absorb(curvature, "factors", factors, W)
+    def refresh(self, curvature: DiagonalFactors, objective, params, batch, key, damping=None) -> DiagonalFactors:
+        return curvature
 
-    def _block(self, layer):
-        kind = "diagonal" if isinstance(layer, NormLayer | PlainParameter) else "diagonal x diagonal"
-        return kind, sum(math.prod(shape) for shape in self._shapes(layer).values())
+    def partition_specs(self, curvature: DiagonalFactors, param_specs, mesh):
+        return spread_specs(curvature, mesh)
 
-    @staticmethod
-    def _shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
-        if isinstance(layer, MatrixLayer):
-            return {"A": (layer.copies, layer.d_i), "G": (layer.copies, layer.d_o)}
-        if isinstance(layer, EmbedLayer):
-            V, D = (layer.copies, layer.vocabulary), (layer.copies, layer.features)
-            return {"counts": V, "G": D, "A_head": D, "G_head": V}
-        if isinstance(layer, NormLayer):
-            return {"D2": (layer.copies, layer.units, layer.channels)}
-        return {"D2": (1, 1, layer.size)}
+    def means(self, curvature: DiagonalFactors, sums, W):
+        layers = curvature.coverage.layers
+        return {"factors": {layer.name: means_of(layer, sums[layer.name], W) for layer in layers}}
 
+    def _statistic(self):
+        return KroneckerStatistic(diagonal=True)
 
-def _rows(rows: jax.Array, x: jax.Array) -> jax.Array:
-    return safe(rows).reshape(rows.shape + (1,) * (x.ndim - rows.ndim))
+    def _described(self, layer):
+        shapes = self._shapes(layer)
+        return "diagonal" if "D2" in shapes else "diagonal x diagonal", sum(map(math.prod, shapes.values()))
+
+    def _shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """Of the layer's means."""
+        sums = {
+            name: jax.ShapeDtypeStruct((*layer.scan_axes, *shape), jnp.float32) for name, shape in self._sums(layer)
+        }
+        means = jax.eval_shape(lambda sums: means_of(layer, sums, jnp.float32(1)), sums)
+        return {name: mean.shape for name, mean in means.items()}
+
+    def _sums(self, layer: Layer):
+        return self._statistic().shapes(layer).items()

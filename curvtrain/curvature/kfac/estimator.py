@@ -1,4 +1,4 @@
-"""K-FAC: Kronecker factors from statistics of layers, factorised in stacks of equal size.
+"""K-FAC: Kronecker factors from statistics of layers; factors of one size are factorised together.
 
 Martens and Grosse (2015), arXiv 1503.05671; convolutions: Grosse and Martens (2016), arXiv 1602.01407; weight sharing:
 Eschenhagen et al. (2023), arXiv 2311.00636; EKFAC: George et al. (2018), arXiv 1806.03884. Symbols in `factors.py`, the
@@ -8,35 +8,31 @@ rule for stale factors in `stale.py`.
 import dataclasses
 import functools
 import operator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
-from curvtrain.curvature import stacks, trees
-from curvtrain.curvature.base import CurvatureEstimator
-from curvtrain.curvature.capture import FISHERS, Coverage, EmbedLayer, NormLayer, collect, cover
-from curvtrain.curvature.capture.coverage import UNCOVERED
-from curvtrain.curvature.capture.layers import Layer, MatrixLayer
+from curvtrain.curvature import owners, stacks, trees
 from curvtrain.curvature.capture.statistics import WEIGHT_SHARING, KroneckerStatistic
+from curvtrain.curvature.fisher.base import LayerEstimator
 from curvtrain.curvature.kfac import factors as kf
-from curvtrain.curvature.kfac import owners
-from curvtrain.curvature.kfac.factors import INVERSES, KroneckerFactors
+from curvtrain.curvature.kfac.factors import INVERSES, KroneckerFactors, matrices_of, own_blocks
 from curvtrain.curvature.kfac.stale import Staleness
 from curvtrain.curvature.mesh import axes_for, everywhere, spec_for, spread_spec
-from curvtrain.objective import Objective, safe
+from curvtrain.objective import safe
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class KFAC(CurvatureEstimator[KroneckerFactors]):
+class KFAC(LayerEstimator[KroneckerFactors]):
     """Kronecker factors of the Fisher (or GGN) of every layer of an NNX model.
 
-    `update` takes the statistics of a batch in one more backward pass (several for the exact Fisher); `refresh`
-    factorises. A model's layers are found by their classes (see `register_layer`); every parameter is in exactly one
+    `update` takes the statistics of a batch in the backward pass of its gradient ("empirical"), in one more ("sampled"),
+    or in several ("exact"); `refresh` factorises. A model's layers are found by their classes (see `register_layer`); every parameter is in exactly one
     block, or `init` raises an error that lists those which are not.
 
     Attributes:
@@ -53,87 +49,70 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
         one that changes by less than this relative to its size waits longer (Osawa et al. 2020, arXiv 2002.06015; see
         `stale.py`). With inverse="cholesky" another damping makes all due. Embeddings' bases are always refreshed.
         Costs the memory of two more copies of the factors. None: all factors at every refresh.
-      slots: on how many devices, or on a number that divides it, the stacks of factors and all that is made of them are
-        split, each device having some layers and factorising those; more than there are layers of a kind costs padding
+      slots: number of owners that share the layers. Factors and inverses are sharded when the device count divides it;
+        each device then has some layers and factorises those. More owners than there are layers of a kind cost padding
         (`overview` says how much). None: in a Trainer, what takes the fewest bytes on each device of the mesh on which
         the run begins (`choices`); elsewhere, the largest power of two up to 64 of which the padding is at most a tenth
-        and no size shares another's stack. 1: all factors and inverses on every device, which still factorises only a
+        and no size shares another's array. 1: all factors and inverses on every device, which still factorises only a
         share: more memory, and, where parameters are on every device too, no communication between two refreshes. It is
-        part of the state; see `owners.py`.
-      uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.
-      plain: regular expression; layers and parameters whose path it matches get that diagonal too.
+        part of the state; see the package `owners`.
+      uncovered, plain, layers: as for `LayerEstimator`.
 
     Raises:
-      TypeError, ValueError: when built with a bad argument; in `init` for an objective without outputs, and for
-        parameters that belong to no known layer; in `update` for layers of which statistics would miss something:
-        called without the axis of examples, or parameters used without calling their layer.
+      TypeError, ValueError: as for `LayerEstimator`.
     """
 
     fisher: str = "sampled"
     weight_sharing: str = "expand"
     inverse: str = "cholesky"
     _: dataclasses.KW_ONLY
-    ema: float = 0.95
     damping: float = 1e-3
     scale_every: int = 1
     stale: float | None = None
     slots: int | None = None
-    uncovered: str = "error"
-    plain: str | None = None
 
-    def __post_init__(self):
-        _checks.one_of("KFAC(fisher)", self.fisher, FISHERS)
+    second_moments: ClassVar[frozenset[str]] = frozenset({"factors"})
+
+    def _check_options(self):
         _checks.one_of("KFAC(weight_sharing)", self.weight_sharing, WEIGHT_SHARING)
         _checks.one_of("KFAC(inverse)", self.inverse, INVERSES)
-        _checks.number_in("KFAC(ema)", self.ema, 0.0, 1.0, open_high=True)
         _checks.number_in("KFAC(damping)", self.damping, 0.0)
         _checks.positive_int("KFAC(scale_every)", self.scale_every)
         if self.stale is not None:
             _checks.number_in("KFAC(stale)", self.stale, 0.0, 1.0, open_low=True, open_high=True)
         if self.slots is not None:
             _checks.positive_int("KFAC(slots)", self.slots)
-        _checks.one_of("KFAC(uncovered)", self.uncovered, UNCOVERED)
-
-    def coverage(self, objective: Objective | None, params: PyTree) -> Coverage:
-        """Which layer every parameter belongs to."""
-        if objective is None:
-            raise TypeError("KFAC finds the layers of a model, so init() needs the objective.")
-        objective.require_outputs("KFAC", "Lanczos(product='hessian')")
-        return cover(objective, params, "KFAC", uncovered=self.uncovered, plain=self.plain)
 
     def init(self, objective, params) -> KroneckerFactors:
         coverage = self.coverage(objective, params)
+        matrices = matrices_of(coverage)
         cholesky, ekfac = self.inverse == "cholesky", self.inverse == "ekfac"
-        slots = owners.slots_for(coverage, ekfac) if self.slots is None else self.slots
-        layout = owners.layout_of(coverage, slots)
-        sizes = {size: (d, stack.slots) for size, (d, stack) in layout.factors}
-        stacks = {size: jnp.zeros((count, d, d)) for size, (d, count) in sizes.items()}
-        eyes = {size: jnp.zeros((count, d, d)) + jnp.eye(d) for size, (d, count) in sizes.items()}
-        embeddings, bases, norms = {}, {}, {}
-        for layer in coverage.layers:
-            if isinstance(layer, EmbedLayer):
-                K, V, D = layer.copies, layer.vocabulary, layer.features
-                row, square = jnp.zeros((K, V)), jnp.zeros((K, D, D))
-                embeddings[layer.name] = {"counts": row, "G": square, "A_head": square, "G_head": row}
-                zero = jnp.zeros((K, D))
-                bases[layer.name] = {"Q": square + jnp.eye(D), "G": zero, "A_head": zero}
-            elif isinstance(layer, NormLayer):
-                norms[layer.name] = jnp.zeros((layer.copies * layer.channels, layer.units, layer.units))
-        zeros = {m.name: jnp.zeros((m.copies, m.d_i, m.d_o)) for m in owners.matrices_of(coverage)}
-        scales: Any = owners.blocks(coverage, slots, zeros) if ekfac else {}
+        layout = owners.layout_of(matrices, owners.owners_for(matrices, ekfac) if self.slots is None else self.slots)
+        sizes = {size: (D, slots.count) for size, (D, slots) in layout.factors}
+        zeros = lambda: {size: jnp.zeros((count, D, D)) for size, (D, count) in sizes.items()}
+        eyes = {size: jnp.zeros((count, D, D)) + jnp.eye(D) for size, (D, count) in sizes.items()}
+        blocks, bases = {}, {}
+        for key, (block, layers) in own_blocks(coverage).items():
+            stored = [block.stored(layer.copies, layer.d_o) for layer in layers]
+            together: dict[str, tuple[int, ...]] = {
+                name: (sum(s[name][0] for s in stored), *shape[1:]) for name, shape in stored[0].items()
+            }
+            blocks[key] = {name: jnp.zeros(shape) for name, shape in together.items()}
+            bases[key] = {name: jnp.zeros(shape) for name, shape in block.basis_shapes(together).items()}
+            bases[key] |= {"Q": bases[key]["Q"] + jnp.eye(bases[key]["Q"].shape[-1])} if "Q" in bases[key] else {}
+        empty = {m.name: jnp.zeros((m.copies, m.d_i, m.d_o)) for m in matrices}
+        scales: Any = owners.blocks(layout, empty) if ekfac else {}
         return KroneckerFactors(
-            factors=stacks,
-            embeddings=embeddings,
-            norms=norms,
-            plain={layer.name: jnp.zeros((1, 1, layer.size)) for layer in coverage.plain},
+            factors=zeros(),
+            blocks=blocks,
             weight=jnp.float32(0),
-            inverses=jax.tree.map(jnp.zeros_like, stacks) if cholesky else {},
+            inverses=zeros() if cholesky else {},
             vectors={} if cholesky else eyes,
-            values={} if cholesky else {size: jnp.zeros((count, d)) for size, (d, count) in sizes.items()},
+            values={} if cholesky else {size: jnp.zeros((count, D)) for size, (D, count) in sizes.items()},
             bases=bases,
             scales=scales,
             scale_weight=jnp.float32(0),
-            stale=Staleness.begin(*((stacks, scales) if self.stale else ({}, {}))),
+            stale=Staleness.begin(*((zeros(), scales.by_shape if ekfac else {}) if self.stale else ({}, {}))),
             damping=jnp.float32(jnp.nan),
             updates=jnp.int32(0),
             refreshes=jnp.int32(0),
@@ -141,80 +120,77 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             skipped=jnp.int32(0),
             coverage=coverage,
             inverse=self.inverse,
-            slots=slots,
+            layout=layout,
         )
 
-    def update(self, curvature: KroneckerFactors, objective, params, batch, key, *, grads=None) -> KroneckerFactors:
+    # -- an update -----------------------------------------------------------------------------------------------------
+
+    def _statistic(self):
+        scales = self.inverse == "ekfac"
+        return KroneckerStatistic(self.weight_sharing, scales=scales, sometimes=scales and self.scale_every > 1)
+
+    def _given(self, curvature: KroneckerFactors):
+        """EKFAC: the bases of every layer, which every device needs, and whether S is due."""
+        c = curvature
         if self.inverse != "ekfac":
-            return self._absorb(curvature, objective, params, batch, key, scales=False)
-        if self.scale_every == 1:
-            return self._absorb(curvature, objective, params, batch, key, scales=True)
-        absorb = lambda scales: lambda c: self._absorb(c, objective, params, batch, key, scales=scales)
-        return jax.lax.cond(curvature.updates % self.scale_every == 0, absorb(True), absorb(False), curvature)
+            return {}
+        vectors, given = everywhere(c.vectors), {}
+        for layer in c.coverage.factored:
+            lead = (*layer.scan_axes, layer.groups)
+            QA, QG = (Q.reshape(*lead, *Q.shape[1:]) for Q in c.pair(vectors, layer.name))
+            given[layer.name] = {"QA": QA, "QG": QG}
+            if self.scale_every > 1:
+                given[layer.name]["due"] = jnp.broadcast_to(self._scales_due(c), layer.scan_axes)
+        return given
 
-    def _absorb(self, c: KroneckerFactors, objective, params, batch, key, scales: bool) -> KroneckerFactors:
-        statistic = KroneckerStatistic(self.weight_sharing, scales=scales)
-        given = {}
-        if scales:
-            vectors = everywhere(c.vectors)  # every device has examples of every layer
-            for layer in owners.matrices_of(c.coverage):
-                QA, QG = c.pair(vectors, layer.name)
-                of = lambda Q, layer=layer: Q.reshape(*layer.stack, layer.groups, *Q.shape[1:])
-                given[layer.name] = {"QA": of(QA), "QG": of(QG)}
-        found, W = collect(objective, params, batch, key, c.coverage, statistic, self.fisher, given=given, who="KFAC")
-        # a batch whose statistics are not finite, or that is all masked, says nothing
-        usable = functools.reduce(operator.and_, map(_finite, found.values()), W > 0)
-        W = safe(W)
-        weight = self.ema * c.weight + 1.0
-        average = lambda old, new: old + (new - old) / weight  # debiased: the first batch counts in full
+    def _scales_due(self, c: KroneckerFactors) -> jax.Array:
+        return c.updates % self.scale_every == 0
 
-        stacks: dict[str, list[jax.Array]] = {size: [] for size in c.factors}
-        layout = dict(c.layout.at)
-        embeddings, norms, moments = {}, {}, {}
-        scale_weight = self.ema * c.scale_weight + 1.0
-        scale_weights = {name: self.ema * w + 1.0 for name, w in c.stale.scale_weights.items()}
-        for layer in c.coverage.known:
-            x = found[layer.name]
-            if isinstance(layer, MatrixLayer):
-                a, _, g, _ = layout[layer.name]
-                stacks[a].append(_per_row(x["A"], x["rows"], layer).reshape(layer.copies, layer.d_i, layer.d_i))
-                stacks[g].append((x["G"] / W).reshape(layer.copies, layer.d_o, layer.d_o))
-                if scales:
-                    moments[layer.name] = x["S"].reshape(layer.copies, layer.d_i, layer.d_o) / W
-            elif isinstance(layer, EmbedLayer):
-                K, e = layer.copies, c.embeddings[layer.name]
-                x = {
-                    "counts": _per_row(x["counts"], x["rows"], layer),
-                    "G": x["G"] / W,
-                    "A_head": _per_row(x["A_head"], x["head_rows"], layer),
-                    "G_head": x["G_head"] / W,
-                }
-                embeddings[layer.name] = {n: average(e[n], x[n].reshape(K, *e[n].shape[1:])) for n in e}
-            else:
-                assert isinstance(layer, NormLayer)
-                norms[layer.name] = average(c.norms[layer.name], norm_blocks(x["F"], layer) / W)
-        new_scales = c.scales
-        if scales:
-            S = owners.shared(owners.blocks(c.coverage, c.slots, moments), c.slots)
-            own: Any = jax.tree.map(lambda _: scale_weight, S)
-            if scale_weights:
-                each = {name: w[:, None, None] for name, w in scale_weights.items()}
-                own = jax.tree.map(safe, owners.blocks(c.coverage, c.slots, each))  # 0 where there is padding
-            new_scales = jax.tree.map(lambda S, old, own: old + (S - old) / own, S, c.scales, own)
-        placed = {size: owners.shared(c.layout.stack(size).place(new), c.slots) for size, new in stacks.items()}
-        new = dataclasses.replace(
-            c,
-            factors={size: average(c.factors[size], new) for size, new in placed.items()},
-            embeddings=embeddings,
-            norms=norms,
-            plain={name: average(old, found[name]["D2"].reshape(old.shape) / W) for name, old in c.plain.items()},
-            weight=weight,
-            scales=new_scales,
-            scale_weight=scale_weight if scales else c.scale_weight,
-            stale=dataclasses.replace(c.stale, scale_weights=scale_weights) if scales else c.stale,
-        )
-        new = jax.tree.map(lambda new, old: jnp.where(usable, new, old), new, c)
-        return dataclasses.replace(new, updates=c.updates + 1, skipped=c.skipped + ~usable)
+    def means(self, curvature: KroneckerFactors, sums, W):
+        c, layers = curvature, curvature.coverage.factored
+        places: dict[str, list[jax.Array]] = {size: [] for size in c.factors}
+        rows, moments = [jnp.zeros(0)], {}
+        for layer, (_, (a, _, g, _)) in zip(layers, c.layout.at, strict=True):
+            x, K = sums[layer.name], layer.copies
+            places[a].append(x["A"].reshape(K, layer.d_i, layer.d_i))
+            places[g].append(x["G"].reshape(K, layer.d_o, layer.d_o))
+            rows.append(x["rows"].reshape(K))
+            if self.inverse == "ekfac":
+                moments[layer.name] = x["S"].reshape(K, layer.d_i, layer.d_o)
+        A, _, _, _ = c.layout.sides
+        total = sum(slots.count for _, (_, slots) in c.layout.factors)
+        weights = c.layout.parted(jnp.full(total, W).at[A].set(safe(jnp.concatenate(rows))))
+        divided = {
+            size: owners.shared(c.layout.of_size(size).place(parts) / weights[size][:, None, None], c.layout)
+            for size, parts in places.items()
+        }
+        blocks = {}
+        for key, (block, members) in own_blocks(c.coverage).items():
+            each = [block.means(layer, sums[layer.name], W) for layer in members]
+            blocks[key] = jax.tree.map(lambda *parts: parts[0] if len(parts) == 1 else jnp.concatenate(parts), *each)
+        means: dict[str, PyTree] = {"factors": divided, "blocks": blocks}
+        if self.inverse == "ekfac":
+            S = owners.blocks(c.layout, moments)
+            means["scales"] = owners.shared(jax.tree.map(lambda S: S / W, S), c.layout)
+        return means
+
+    def _besides(self, curvature: KroneckerFactors, means, usable):
+        c = curvature
+        updates = {"updates": c.updates + 1}
+        if self.inverse != "ekfac":
+            return updates
+        usable = usable & self._scales_due(c)
+        pick = lambda new, old: jnp.where(usable, new, old)
+        scale_weight, scale_weights = self.ema * c.scale_weight + 1.0, c.stale.scale_weights
+        own: Any = jax.tree.map(lambda _: scale_weight, c.scales)
+        if scale_weights:
+            scale_weights = {shape: self.ema * w + 1.0 for shape, w in scale_weights.items()}
+            own = owners.Blocks({shape: w[:, None, None] for shape, w in scale_weights.items()}, c.layout)
+        scales = jax.tree.map(lambda S, old, own: pick(old + (S - old) / own, old), means["scales"], c.scales, own)
+        stale = dataclasses.replace(c.stale, scale_weights=jax.tree.map(pick, scale_weights, c.stale.scale_weights))
+        return updates | {"scales": scales, "scale_weight": pick(scale_weight, c.scale_weight), "stale": stale}
+
+    # -- a refresh -----------------------------------------------------------------------------------------------------
 
     def refresh(self, curvature: KroneckerFactors, objective, params, batch, key, damping=None) -> KroneckerFactors:
         c, cholesky = curvature, self.inverse == "cholesky"
@@ -227,114 +203,104 @@ class KFAC(CurvatureEstimator[KroneckerFactors]):
             inverses, finite = c.damped_inverses(damping, due)
             new: dict[str, Any] = {"inverses": inverses}
         else:
-            found, finite = c.eigenbases(due)
-            values = {size: pair[0] for size, pair in found.items()}
-            new = {"values": values, "vectors": {size: pair[1] for size, pair in found.items()}}
-            if self.inverse == "ekfac":  # the second moments of another basis say nothing of this one
-                seed = lambda alpha, gamma: alpha[:, :, None] * gamma[:, None, :]
-                weights = {}
-                if due is None:
-                    seeds = c.by_matrix(seed, (values,))
-                else:
-                    whose, moved = everywhere(due), {}
-                    for layer in owners.matrices_of(c.coverage):
-                        moved[layer.name] = new_basis = functools.reduce(operator.or_, c.pair(whose, layer.name))
-                        weights[layer.name] = jnp.where(new_basis, 1.0, stale.scale_weights[layer.name])
-                    pick = lambda alpha, gamma, S, moved: jnp.where(moved[:, None, None], seed(alpha, gamma), S)
-                    seeds = c.by_matrix(pick, (values,), c.scales, moved)
+            eigen, finite = c.eigenbases(due)
+            values = {size: pair[0] for size, pair in eigen.items()}
+            new = {"values": values, "vectors": {size: pair[1] for size, pair in eigen.items()}}
+            if self.inverse == "ekfac":
+                scales, weights = _seeded(c, values, due)
                 stale = dataclasses.replace(stale, scale_weights=weights)
-                new |= {"scales": c.blocks(seeds), "scale_weight": jnp.float32(1)}
+                new |= {"scales": scales, "scale_weight": jnp.float32(1)}
         if self.stale is not None:
             stale = stale.refreshed(c.factors, finite, self.stale)
-        finite = everywhere(finite)
-        finite = {size: c.layout.stack(size).take(ok) for size, ok in finite.items()}
-        mixed = {name: _mixed(e) for name, e in c.embeddings.items()}
-        eigen = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=finite)
-        bases, whole = kf.keep_finite({name: _basis(e, eigen[name]) for name, e in c.embeddings.items()}, c.bases)
+        finite = {size: c.layout.of_size(size).take(ok) for size, ok in everywhere(finite).items()}
+        bases, whole = _own_bases(c, after=finite)
         failures = sum((jnp.sum(~ok, dtype=jnp.int32) for ok in (*finite.values(), *whole.values())), c.failures)
         return dataclasses.replace(
             c, **new, stale=stale, bases=bases, damping=damping, refreshes=c.refreshes + 1, failures=failures
         )
 
+    # -- where it lies -------------------------------------------------------------------------------------------------
+
     def partition_specs(self, curvature: KroneckerFactors, param_specs, mesh):
-        """Stacks of factors, and what is made of them, are split over as many devices as `slots` allows."""
+        """Factors, and what is made of them, are split over as many devices as `slots` allows."""
         specs = jax.tree.map(lambda _: PartitionSpec(), curvature)
         shape = {} if mesh is None else mesh.shape
         spec = spec_for(axes_for(shape, curvature.slots))
         split = lambda tree: jax.tree.map(lambda _: spec, tree)
-        stacks = {
+        in_slots = {
             name: split(getattr(curvature, name)) for name in ("factors", "inverses", "vectors", "values", "scales")
         }
         stale = dataclasses.replace(split(curvature.stale), scale_weights=specs.stale.scale_weights)
-        plain = {name: spread_spec(shape, d.shape) for name, d in curvature.plain.items()}
-        norms = {name: spread_spec(shape, F.shape) for name, F in curvature.norms.items()}
-        return dataclasses.replace(specs, **stacks, stale=stale, plain=plain, norms=norms)
+        blocks = dict(specs.blocks)
+        for key, (block, _) in own_blocks(curvature.coverage).items():
+            if block.spread:
+                blocks[key] = jax.tree.map(lambda a: spread_spec(shape, a.shape), curvature.blocks[key])
+        return dataclasses.replace(specs, **in_slots, stale=stale, blocks=blocks)
 
     def choices(self, objective, params, mesh):
         if self.slots is not None:
             return {}
-        return {"slots": owners.slots_for(self.coverage(objective, params), self.inverse == "ekfac", mesh.shape)}
+        matrices = matrices_of(self.coverage(objective, params))
+        return {"slots": owners.owners_for(matrices, self.inverse == "ekfac", mesh.shape)}
 
     def overview(self, objective, params) -> str:
-        curvature = jax.eval_shape(self.init, objective, params)
-        coverage, blocks = curvature.coverage, {}
-        for layer in coverage.layers:
-            if isinstance(layer, MatrixLayer):
-                squares = layer.d_i**2 + layer.d_o**2
-                size = 8 * squares  # factors, and their inverses or eigenvectors
-                if self.inverse != "cholesky":
-                    size += 4 * (layer.d_i + layer.d_o)
-                size += 4 * layer.d_i * layer.d_o * (self.inverse == "ekfac")
-                if self.stale is not None:  # two more copies of both, three integers and a bool each
-                    size += 8 * squares + 2 * 13 + 4 * (self.inverse == "ekfac")
-                size *= layer.copies
-                kind = f"{self.inverse} {layer.d_i} x {layer.d_o}" + (f" x {layer.copies}" if layer.copies > 1 else "")
-            elif isinstance(layer, EmbedLayer):
-                arrays = (curvature.embeddings[layer.name], curvature.bases[layer.name])
-                size, kind = 4 * sum(a.size for a in jax.tree.leaves(arrays)), "diagonal x dense"
-            elif isinstance(layer, NormLayer):
-                size, kind = 4 * curvature.norms[layer.name].size, f"unit-wise {layer.units} x {layer.units}"
-            else:
-                size, kind = 4 * layer.size, "diagonal"
-            blocks[layer.name] = (kind, size)
-        c = curvature
+        c = jax.eval_shape(self.init, objective, params)
+        blocks = {layer.name: self._bytes(layer) for layer in c.coverage.layers}
         kept = jax.tree.leaves((c.factors, c.inverses, c.vectors, c.values, c.scales, c.stale))
-        matrices = [layer.name for layer in owners.matrices_of(coverage)]
-        padding = sum(a.size * a.dtype.itemsize for a in kept) - sum(blocks[name][1] for name in matrices)
-        shown = coverage.table(blocks, {f"padding for {c.slots} slots": padding} if padding else {})
-        return shown if c.slots == 1 or not matrices else f"{shown}\n\n{owners.overview(c.layout, c.slots)}"
+        factored = [layer.name for layer in c.coverage.factored]
+        padding = sum(a.size * a.dtype.itemsize for a in kept) - sum(blocks[name][1] for name in factored)
+        shown = c.coverage.table(blocks, {f"padding for {c.slots} slots": padding} if padding else {})
+        return shown if c.slots == 1 or not factored else f"{shown}\n\n{owners.overview(c.layout)}"
+
+    def _described(self, layer):
+        kind, size = self._bytes(layer)
+        return kind, size // 4
+
+    def _bytes(self, layer) -> tuple[str, int]:
+        """(kind of a layer's block, bytes of its curvature)."""
+        block, own = layer.block(), layer.block().own
+        if own is not None:
+            stored = own.stored(layer.copies, layer.d_o)
+            shapes = (*stored.values(), *own.basis_shapes(stored).values())
+            return own.kind(layer), 4 * sum(functools.reduce(operator.mul, shape, 1) for shape in shapes)
+        squares = layer.d_i**2 + layer.d_o**2
+        size = 8 * squares  # factors, and their inverses or eigenvectors
+        if self.inverse != "cholesky":
+            size += 4 * (layer.d_i + layer.d_o)
+        size += 4 * layer.d_i * layer.d_o * (self.inverse == "ekfac")
+        if self.stale is not None:  # two more copies of both, three integers and a bool each
+            size += 8 * squares + 2 * 13 + 4 * (self.inverse == "ekfac")
+        return f"{self.inverse} {block.kind(layer)}", size * layer.copies
 
 
-def _finite(found: dict[str, jax.Array]) -> jax.Array:
-    """Whether the statistics of a layer are finite: of second moments the diagonals show it, at a fraction of the cost
-    of all their entries."""
-    shown = [kf.diagonals(x) if name in ("A", "G", "A_head") else x for name, x in found.items()]
-    return functools.reduce(operator.and_, [jnp.all(jnp.isfinite(x)) for x in shown])
+def _seeded(c: KroneckerFactors, values: PyTree, due: PyTree) -> tuple[owners.Blocks, dict[str, jax.Array]]:
+    """(S, `Staleness.scale_weights`) after a refresh: the second moments of another basis say nothing of this one.
+
+    Where a basis moved, S begins with the products of its eigenvalues.
+    """
+    seed = lambda alpha, gamma: alpha[:, :, None] * gamma[:, None, :]
+    if due is None:
+        return owners.blocks(c.layout, c.by_matrix(seed, (values,))), {}
+    whose, moved = everywhere(due), {}
+    for shape, _ in c.layout.blocks:
+        (a, rows_a), (g, rows_g) = c.layout.rows(shape)
+        moved[shape] = whose[a][rows_a] | whose[g][rows_g]
+    pick = lambda alpha, gamma, S, moved: jnp.where(moved[:, None, None], seed(alpha, gamma), S)
+    seeds = c.by_matrix(pick, (values,), c.scales, owners.Blocks(moved, c.layout))
+    weights = {shape: jnp.where(moved[shape], 1.0, w) for shape, w in c.stale.scale_weights.items()}
+    return owners.blocks(c.layout, seeds), weights
 
 
-def norm_blocks(F: jax.Array, layer: NormLayer) -> jax.Array:
-    """(*stack, p, p, C) as (K * C, p, p)."""
-    F = F.reshape(layer.copies, layer.units, layer.units, layer.channels)
-    return jnp.moveaxis(F, 3, 1).reshape(-1, layer.units, layer.units)
-
-
-def _mixed(e: dict[str, jax.Array]) -> jax.Array:
-    """The matrix whose eigenvectors are an embedding's basis: of a tied one, a compromise between its two."""
-    return _unit_trace(e["G"]) + jnp.where(jnp.any(e["G_head"] > 0), _unit_trace(e["A_head"]), 0.0)
-
-
-def _basis(e: dict[str, jax.Array], Q: jax.Array) -> dict[str, jax.Array]:
-    """What `KroneckerFactors.bases` says of an embedding."""
-    diagonal = lambda X: jnp.maximum(jnp.einsum("kij,kij->kj", Q, X @ Q), 0.0)
+def _own_bases(c: KroneckerFactors, after: PyTree) -> tuple[PyTree, PyTree]:
+    """(`KroneckerFactors.bases` of the present means, by key which entries are finite); the last good ones are kept."""
+    mixed = {}
+    for key, (block, _) in own_blocks(c.coverage).items():
+        X = block.to_factorise(c.blocks[key])
+        if X is not None:
+            mixed[key] = X
+    vectors = stacks.in_turn(lambda _, X: stacks.eigh(X)[1], mixed, after=after)
+    of = {key: block for key, (block, _) in own_blocks(c.coverage).items()}
     with trees.exact():
-        return {"Q": Q, "G": diagonal(e["G"]), "A_head": diagonal(e["A_head"])}
-
-
-def _per_row(x: jax.Array, rows: jax.Array, layer: Layer) -> jax.Array:
-    """A sum over rows divided by their weight; both have the layer's stack as leading axes."""
-    return x / safe(rows).reshape(*layer.stack, *(1,) * (x.ndim - len(layer.stack)))
-
-
-def _unit_trace(X: jax.Array) -> jax.Array:
-    trace = jnp.trace(X, axis1=-2, axis2=-1)[:, None, None]
-    return X / jnp.where(trace > 0, trace, 1.0)
+        new = {key: of[key].basis(c.blocks[key], Q) for key, Q in vectors.items()}
+    kept, finite = kf.keep_finite(new, c.bases)
+    return c.bases | kept, finite

@@ -15,8 +15,8 @@ paper and not checked against its text. For every factor:
     similar to both                       Delta = Delta_1 + Delta_2           (1, 1, 2, 3, 5, 8, ... of a constant X)
 
 Here every update moves the averages, and only what is made of them gets stale; in the paper statistics are not taken
-either in between. Two cases that it does not have: what is not finite is tried again at the next refresh, and says
-nothing to the rule; a damping that the cached inverses were not made for makes every factor due, and as that is no
+either in between. Two cases that it does not have: a non-finite result is retried at the next refresh and leaves the
+intervals unchanged; a damping that the cached inverses were not made for makes every factor due, and as that is no
 evidence of how long a factor may wait, a factor that was not due keeps its interval, which begins anew.
 """
 
@@ -32,15 +32,15 @@ Arrays = dict[str, jax.Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Staleness:
-    """What the rule remembers of each stack of factors (L, d, d); without the rule, dictionaries are empty.
+    """What the rule remembers of each array of factors (L, d, d); without the rule, dictionaries are empty.
 
     Attributes:
       last, before: X_1 and X_2, (L, d, d); zero, and so similar to nothing, before there was any.
       intervals, intervals_before: Delta_1 and Delta_2, int32 (L,).
       wait: refreshes that each factor is still to sit out, int32 (L,).
       due: bool (L,), whether it was due at the last refresh.
-      scale_weights: "ekfac": for each matrix, as `KroneckerFactors.scale_weight`, but one for each copy (K,), which
-        have begun at different refreshes.
+      scale_weights: "ekfac": for each shape of blocks, as `KroneckerFactors.scale_weight`, but one for each slot (L,),
+        for they have begun at different refreshes.
     """
 
     last: Arrays

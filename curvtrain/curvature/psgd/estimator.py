@@ -21,7 +21,7 @@ from curvtrain.curvature.psgd.elementwise import Elementwise
 from curvtrain.curvature.psgd.frequency import RULES, Annealed, is_due
 from curvtrain.curvature.psgd.kron import Kron
 from curvtrain.curvature.psgd.kronecker import Kronecker
-from curvtrain.objective import Objective, Path, by_path, nested
+from curvtrain.objective import Objective, Path, by_path
 
 PyTree = Any
 Number = float | Callable[[jax.Array], jax.Array | float]
@@ -164,11 +164,9 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         """Shapes of the parameters, and which of their axes count the layers of an `nnx.scan`."""
         if objective is None or not objective.has_outputs:
             return Structure.of(params)
-        every = nested(by_path(params) | by_path(objective.frozen))  # a layer is known by all of its parameters
-        whole = dataclasses.replace(objective, frozen={})
         counts = {}
-        for layer in cover(whole, every, "PSGD", uncovered="diagonal").layers:
-            counts |= {(*layer.path, name): len(layer.stack) for name, _ in layer.shapes}
+        for layer in cover(objective, params, "PSGD", uncovered="diagonal").layers:
+            counts |= {(*layer.path, name): len(layer.scan_axes) for name, _ in layer.shapes}
         return Structure.of(params, [counts.get(path, 0) for path in by_path(params)])
 
     def init(self, objective, params) -> FittedPreconditioner:

@@ -167,6 +167,8 @@ class Loop:
             live.restore(int(state.step), state, meta.get("logged", {}))
         else:
             live.advance(int(live.state.step), live.state)
+            if live.step:  # an earlier call of fit has left them, perhaps with Diverged
+                self._check_parameters()
         positions = meta.get("positions")
         live.streams.open(None if positions is None else own_positions(positions))
         memories = list(meta.get("hooks", []))
@@ -228,9 +230,8 @@ class Loop:
 
     def _save(self) -> None:
         self._check_losses()
+        self._check_parameters()
         live = self.live
-        if not bool(self.plan.programs.all_finite((live.state.params, live.state.ema))):
-            raise self._diverged(f"The parameters are not finite after step {live.step}")
         if self._checkpoints is None:
             return
         scores = {name[5:]: value for name, value in live.metrics.items() if name.startswith("eval/")}
@@ -265,6 +266,12 @@ class Loop:
             if not np.isfinite(seen["loss"].total):
                 loss = float(seen["loss"].compute())
                 raise self._diverged(f"The training loss is {loss} at step {step} (seen in steps {first} to {last})")
+
+    def _check_parameters(self) -> None:
+        """Raises Diverged unless the parameters and their averages are finite."""
+        state = self.live.state
+        if not bool(self.plan.programs.all_finite((state.params, state.ema))):
+            raise self._diverged(f"The parameters are not finite after step {self.live.step}")
 
     def _diverged(self, what: str) -> Diverged:
         newest = self._checkpoints.steps if self._checkpoints is not None else []

@@ -34,7 +34,7 @@ class ConvLayer(MatrixLayer):
         each = lambda v: (1 if v is None else v,) * len(window) if v is None or isinstance(v, int) else tuple(v)
         g, outputs = module.feature_group_count, module.out_features
         names = {"kernel": (*window, module.in_features // g, outputs), "bias": (outputs,)}
-        stack, shapes = kernel_shapes(module, names)
+        scan_axes, shapes = kernel_shapes(module, names)
         padding = module.padding
         if isinstance(padding, int):
             padding = ((padding, padding),) * len(window)
@@ -43,7 +43,7 @@ class ConvLayer(MatrixLayer):
         return cls(
             path,
             type(module).__name__,
-            stack,
+            scan_axes,
             shapes,
             g,
             tuple(range(len(window) + 2)),
@@ -60,13 +60,13 @@ class ConvLayer(MatrixLayer):
         return shape[0] if len(shape) > len(self.window) + 1 else 1
 
     def _split_groups(self, kernel):  # (..., window, c_in / g, c_out), outputs group by group
-        lead = len(self.stack)
-        split = kernel.reshape(*self.stack, -1, self.groups, self.outputs)
+        lead = len(self.scan_axes)
+        split = kernel.reshape(*self.scan_axes, self.inputs, self.groups, self.outputs)
         return jnp.moveaxis(split, lead + 1, lead)
 
     def _join_groups(self, kernel):
-        lead = len(self.stack)
-        return jnp.moveaxis(kernel.reshape(*self.stack, self.groups, self.inputs, self.outputs), lead, lead + 1)
+        lead = len(self.scan_axes)
+        return jnp.moveaxis(kernel.reshape(*self.scan_axes, self.groups, self.inputs, self.outputs), lead, lead + 1)
 
     def rows(self, x, examples):
         rank = len(self.window)

@@ -32,10 +32,10 @@ class DenseLayer(MatrixLayer):
         if getattr(module, "dot_general_cls", None) is not None:
             raise Unsupported("it has a dot_general_cls, so what it multiplies is not known")
         names = {"kernel": (*sizes, *ins, *outs), "bias": (*sizes, *outs)}
-        stack, shapes = kernel_shapes(module, names)
+        scan_axes, shapes = kernel_shapes(module, names)
         order = tuple(range(len(names["kernel"])))
         groups, inputs, outputs = map(math.prod, (sizes, ins, outs))
-        return cls(path, type(module).__name__, stack, shapes, groups, order, inputs, outputs, axis, batch)
+        return cls(path, type(module).__name__, scan_axes, shapes, groups, order, inputs, outputs, axis, batch)
 
     def leading(self, shape):
         axis = tuple(a % len(shape) for a in self.axis)

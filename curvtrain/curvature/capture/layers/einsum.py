@@ -48,12 +48,12 @@ class EinsumLayer(MatrixLayer):
             )
         if module.bias is not None:
             bias = tuple(module.bias_shape)
-        stack, shapes = kernel_shapes(module, {"kernel": shape, "bias": bias})
+        scan_axes, shapes = kernel_shapes(module, {"kernel": shape, "bias": bias})
         of = lambda axes: math.prod(shape[i] for i in axes)
         return cls(
             path,
             type(module).__name__,
-            stack,
+            scan_axes,
             shapes,
             of(groups),
             (*groups, *inputs, *outputs),

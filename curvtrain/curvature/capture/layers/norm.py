@@ -1,7 +1,6 @@
 """Scale and bias of normalised inputs."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from curvtrain.curvature.capture.layers.base import Layer, Unsupported, stack_of
+from curvtrain.curvature.capture.layers.base import Layer, Unsupported, scan_axes_of
+from curvtrain.curvature.capture.layers.blocks import UnitBlocks
+from curvtrain.curvature.capture.layers.gradients import Explicit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,17 +34,17 @@ class NormLayer(Layer):
             raise Unsupported("it has an axis_name, of a pmap or shard_map that is not visible from here")
         array = getattr(module, names[0]).get_value()
         channels = array.shape[-1]
-        stack = stack_of(module, names[0], array, (channels,))
-        return cls(path, type(module).__name__, stack, tuple((name, (channels,)) for name in names), channels)
+        scan_axes = scan_axes_of(array, names[0], (channels,))
+        return cls(path, type(module).__name__, scan_axes, tuple((name, (channels,)) for name in names), channels)
 
     @property
-    def copies(self) -> int:
-        return math.prod(self.stack)
-
-    @property
-    def units(self) -> int:
+    def d_i(self):
         """p: parameters of a channel, 2 or 1."""
         return len(self.shapes)
+
+    @property
+    def d_o(self):
+        return self.channels
 
     def saved(self, module, x, options):
         if options.get("mask") is not None:
@@ -57,8 +58,17 @@ class NormLayer(Layer):
         return jnp.stack([parameters[name].reshape(self.copies, self.channels) for name, _ in self.shapes], axis=1)
 
     def parameters(self, matrix):
-        shape = (*self.stack, self.channels)
+        shape = (*self.scan_axes, self.channels)
         return {name: matrix[:, i].reshape(shape) for i, (name, _) in enumerate(self.shapes)}
+
+    def gradients(self, backward):
+        s = backward.s.astype(jnp.float32).reshape(backward.examples, -1, self.channels)
+        x = backward.saved.astype(jnp.float32).reshape(s.shape)
+        sums = {"scale": lambda: jnp.sum(s * x, axis=1), "bias": lambda: jnp.sum(s, axis=1)}
+        return Explicit(jnp.stack([sums[name]() for name, _ in self.shapes], axis=1)[None])
+
+    def block(self):
+        return UnitBlocks(self.d_i)
 
 
 def _normalised(module: Any, x: jax.Array, options: Mapping[str, Any]) -> jax.Array:

@@ -1,0 +1,109 @@
+"""How a model calls its layers, learnt from abstract runs: where taps would miss something is found before they do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from curvtrain._outputs import floats
+from curvtrain.curvature.capture.coverage import Coverage, at
+from curvtrain.curvature.capture.taps import Record, record_calls
+from curvtrain.objective import Objective, batch_size
+
+PyTree = Any
+
+
+def examples_of_calls(
+    objective: Objective, params: PyTree, batch: Any, key: jax.Array | None, coverage: Coverage, who: str
+) -> Callable[[int], dict[str, int]]:
+    """A function n -> {layer name: examples in the layer's input} for pieces of n examples.
+
+    Raises ValueError where taps would miss something: a layer that is applied without the axis of examples, or whose
+    parameters are used without calling it.
+    """
+    n = batch_size(batch)
+    once, twice = (_record(objective, params, _repeated(batch, times), key, coverage) for times in (1, 2))
+    _check_uses(objective, params, batch, key, coverage, who)
+    mapped = set()
+    for layer in coverage.known:
+        kinds = set()
+        for one, two in zip(once.calls.get(layer.path, []), twice.calls.get(layer.path, []), strict=True):
+            shape, length = one.shape, layer.leading(one.shape)
+            if layer.leading(two.shape) == 2 * length and length % n == 0:
+                kinds.add("batched")
+            elif any(b == 2 * a and a % n == 0 for a, b in zip(one.mapped, two.mapped, strict=True)):
+                kinds.add("mapped")
+            else:
+                raise ValueError(
+                    f"{who}: {layer.kind} {layer.name!r} is applied to an input of shape {shape}, which does not grow "
+                    f"with the batch of {n}: what its output does in one example cannot be told from another. Give it "
+                    f"an input with the batch's leading axis (jnp.broadcast_to), or treat its parameters as plain ones "
+                    f"({who}(plain={layer.name!r}))."
+                )
+        if len(kinds) == 2:
+            raise ValueError(f"{who}: {layer.kind} {layer.name!r} is applied to a batch and, elsewhere, under vmap.")
+        if kinds == {"mapped"}:
+            mapped.add(layer.name)
+    return lambda n: {layer.name: 1 if layer.name in mapped else n for layer in coverage.known}
+
+
+def _repeated(batch: Any, times: int) -> Any:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((times * a.shape[0], *a.shape[1:]), a.dtype), batch)
+
+
+def _record(objective, params, batch, key, coverage) -> Record:
+    """The calls of every covered module in an abstract forward pass."""
+    records = []
+
+    def outputs(params, batch):
+        prepare = lambda module: records.append(record_calls(module, coverage.by_module, maps=True))
+        return objective.predict(params, batch, key, prepare=prepare)
+
+    jax.eval_shape(outputs, params, batch)
+    return records[0]
+
+
+def _check_uses(objective, params, batch, key, coverage, who) -> None:
+    """Raises ValueError for a parameter of a layer that reaches the outputs other than through a call of the layer."""
+    paths = [(layer, name) for layer in coverage.known for name, _ in layer.shapes]
+    if not _reach(objective, params, batch, key, coverage, paths):
+        return
+    for layer, name in paths:
+        if _reach(objective, params, batch, key, coverage, [(layer, name)]):
+            raise ValueError(
+                f"{who}: the model uses the {name} of {layer.kind} {layer.name!r} without calling the layer, so a part "
+                f"of its statistics would be missed. Call it, or treat its parameters as plain ones "
+                f"({who}(plain={layer.name!r}))."
+            )
+
+
+def _reach(objective, params, batch, key, coverage, paths) -> bool:
+    """Whether the outputs depend differentiably on some of these parameters when no call of a layer uses its own.
+
+    The outputs pass through an identity with a rule for reverse mode, which is told whether its input is perturbed.
+    """
+    perturbed = []
+
+    @jax.custom_vjp
+    def outputs_of(z):
+        return z
+
+    def forward(z):
+        perturbed.extend(leaf.perturbed for leaf in z)
+        return [leaf.value for leaf in z], None
+
+    outputs_of.defvjp(forward, lambda _, s: (s,), symbolic_zeros=True)
+
+    def run(chosen, params, batch):
+        whole = jax.tree.map(lambda a: a, params)
+        for (layer, name), value in zip(paths, chosen, strict=True):
+            at(whole, layer.path)[name] = value
+        prepare = lambda module: record_calls(module, coverage.by_module, maps=False)
+        return outputs_of(floats(objective.predict(whole, batch, key, prepare=prepare)))
+
+    def backward(params, batch):
+        chosen = [at(params, layer.path)[name] for layer, name in paths]
+        return jax.vjp(lambda chosen: run(chosen, params, batch), chosen)[0]
+
+    jax.eval_shape(backward, params, _repeated(batch, 1))
+    return any(perturbed)
