@@ -33,8 +33,8 @@ def side_axes(bucket: Bucket, structure: Structure, specs: list[PartitionSpec], 
 def factor_spec(side: Side, leaf: Any, axis: Any, mesh: jax.sharding.Mesh) -> PartitionSpec:
     """Chooses where a factor (L, B, b, b), (L, n), or its bounds, lives.
 
-    It is split along with its side where the blocks (or the entries) are aligned with the shards; otherwise its L tensors
-    are spread over the whole mesh, or, if that does not divide, over the largest part of the mesh that does.
+    It is split along with its side where the blocks (or the entries) are aligned with the shards; otherwise its L
+    tensors are spread over the whole mesh, or, if that does not divide, over the largest part of the mesh that does.
     """
     size = lambda names: math.prod(mesh.shape[name] for name in names)
     names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
