@@ -229,18 +229,16 @@ def step_length(rate: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.minimum(rate, _LONGEST) / jnp.maximum(size, TINY)
 
 
-def initial_scale(
-    v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None, entries: int | None = None
-) -> jax.Array:
-    """The scale s of P = s I that fits pairs (v, h), sums over `axes`: sqrt(sum v^2 / sum h^2), or, whitening,
-    (mean h^4)^(-1/4), which one large entry cannot inflate. 1 where h is zero or not finite.
+def initial_scale(v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """Returns the scale s with which P = s I fits pairs (v, h), where sums are over `axes`, by default all.
 
-    `entries`: how many there are to the mean, if some of h is padding.
+    It is sqrt(sum v^2 / sum h^2), or, whitening, (mean h^4)^(-1/4), which one large entry cannot inflate; and 1 where
+    h is zero or not finite.
     """
     axes = tuple(range(h.ndim)) if axes is None else axes
     if v is None:
-        entries = math.prod(h.shape[axis] for axis in axes) if entries is None else entries
-        scale = (jnp.sum(jnp.square(jnp.square(h / _largest(h, axes))), axis=axes) / entries) ** -0.25
+        entries = math.prod(h.shape[axis] for axis in axes)
+        scale = (jnp.sum(jnp.square(jnp.square(h / _largest(h, axes))), axis=axes) / max(entries, 1)) ** -0.25
         scale = scale / jnp.squeeze(_largest(h, axes), axis=axes)
     else:
         scale = jnp.sqrt(jnp.sum(jnp.square(v), axis=axes) / jnp.sum(jnp.square(h), axis=axes))
