@@ -19,7 +19,7 @@ What differs from the original:
   lowered to the number of parameters.
 - `kron` fits in its first call, whatever the probability. It takes `Hvp` too. Then nothing is clipped, and the default
   initial scale of 1 stands for the automatic one, as P = I is no start for a Newton step. Axes of length 1 have no
-  factor. A stack of scanned layers is one program anyway: `lax_map_scanned_layers` has nothing to do.
+  factor. Scanned layers share one program anyway: `lax_map_scanned_layers` has nothing to do.
 """
 
 from collections.abc import Callable

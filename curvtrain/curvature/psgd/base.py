@@ -1,4 +1,4 @@
-"""What every family of fitted preconditioners shares: PSGD, Xi-Lin Li, arXiv 1512.04202, 1809.10232, 2211.04422.
+"""The base of all families of fitted preconditioners: PSGD, Xi-Lin Li, arXiv 1512.04202, 1809.10232, 2211.04422.
 
 A symmetric positive definite P = Q^T Q is fitted to pairs (v, h) by stochastic gradient steps on a Lie group of Q:
 
@@ -42,23 +42,26 @@ _LONGEST = 0.99  # a step of 1 may take a factor to zero, from where none comes 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """Shapes of the parameters: all that a preconditioner's layout depends on.
+    """The shapes of the parameters: all that a preconditioner's layout depends on.
 
     Attributes:
-      treedef: of the parameters.
-      shapes: of their leaves.
-      stacks: for each leaf, how many leading axes count copies of one layer (`nnx.scan`).
-      paths: of the leaves, for messages and tables.
+      treedef: the structure of the parameters.
+      shapes: the shapes of their leaves.
+      scan_axes: for each leaf, how many leading axes count copies of one layer (`nnx.scan`).
+      paths: the names of the leaves, for messages and tables.
     """
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
-    stacks: tuple[int, ...]
+    scan_axes: tuple[int, ...]
     paths: tuple[str, ...]
 
     @classmethod
-    def of(cls, params: PyTree, stacks: PyTree | None = None) -> "Structure":
-        """That of some parameters; `stacks` is a tree like them of numbers of leading axes. Raises on complex ones."""
+    def of(cls, params: PyTree, scan_axes: PyTree | None = None) -> "Structure":
+        """Returns the structure of some parameters; raises TypeError for complex ones.
+
+        `scan_axes` holds the numbers of their leading axes that count layers, as a tree like the parameters or a list.
+        """
         found, treedef = jax.tree_util.tree_flatten_with_path(params)
         paths = tuple(jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in found)
         for path, (_, leaf) in zip(paths, found, strict=True):
@@ -67,7 +70,7 @@ class Structure:
                     f"PSGD fits a preconditioner of real parameters, and {path} is {leaf.dtype}. Split a complex one "
                     f"into its real and imaginary parts."
                 )
-        counts = (0,) * len(found) if stacks is None else tuple(jax.tree.leaves(stacks))
+        counts = (0,) * len(found) if scan_axes is None else tuple(jax.tree.leaves(scan_axes))
         return cls(treedef, tuple(tuple(leaf.shape) for _, leaf in found), counts, paths)
 
     @property
@@ -76,11 +79,11 @@ class Structure:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def like(self) -> PyTree:
-        """Zeros, float32."""
+        """Zeros like the parameters, float32."""
         return self.treedef.unflatten([jnp.zeros(shape) for shape in self.shapes])
 
     def ravel(self, vector: PyTree) -> jax.Array:
-        """(n,), in the order of `jax.flatten_util.ravel_pytree`."""
+        """Returns a vector as one array (n,), in the order of `jax.flatten_util.ravel_pytree`."""
         return jnp.concatenate([leaf.ravel() for leaf in self.treedef.flatten_up_to(vector)])
 
     def unravel(self, flat: jax.Array) -> PyTree:
@@ -92,11 +95,11 @@ class Structure:
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioner(abc.ABC):
-    """A family of P. Frozen configuration; what it maintains is a pytree of arrays of one structure.
+    """A family of P: frozen configuration. What it maintains is a pytree of arrays of one structure.
 
     Attributes:
-      damping: of the observations, h + (damping + eps |h|) noise, so that P is bounded where they vanish.
-      initial_scale: of P; None chooses it, at the first observation, so that P fits it as a multiple of I.
+      damping: the observations are h + (damping + eps |h|) noise, so that P is bounded where they vanish.
+      initial_scale: P starts as this multiple of I; None chooses the multiple that fits the first observation.
       lipschitz_decay: beta; 0 uses the present bound l alone.
     """
 
@@ -175,7 +178,7 @@ class MatrixPreconditioner(Preconditioner):
     """A family whose work is made of matrix products.
 
     Attributes:
-      precision: of the matrix products, as in `jax.default_matmul_precision`.
+      precision: that of the products, as in `jax.default_matmul_precision`.
     """
 
     _: dataclasses.KW_ONLY
@@ -226,18 +229,16 @@ def step_length(rate: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.minimum(rate, _LONGEST) / jnp.maximum(size, TINY)
 
 
-def initial_scale(
-    v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None, entries: int | None = None
-) -> jax.Array:
-    """The scale s of P = s I that fits pairs (v, h), sums over `axes`: sqrt(sum v^2 / sum h^2), or, whitening,
-    (mean h^4)^(-1/4), which one large entry cannot inflate. 1 where h is zero or not finite.
+def initial_scale(v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+    """Returns the scale s with which P = s I fits pairs (v, h), where sums are over `axes`, by default all.
 
-    `entries`: how many there are to the mean, if some of h is padding.
+    It is sqrt(sum v^2 / sum h^2), or, whitening, (mean h^4)^(-1/4), which one large entry cannot inflate; and 1 where
+    h is zero or not finite.
     """
     axes = tuple(range(h.ndim)) if axes is None else axes
     if v is None:
-        entries = math.prod(h.shape[axis] for axis in axes) if entries is None else entries
-        scale = (jnp.sum(jnp.square(jnp.square(h / _largest(h, axes))), axis=axes) / entries) ** -0.25
+        entries = math.prod(h.shape[axis] for axis in axes)
+        scale = (jnp.sum(jnp.square(jnp.square(h / _largest(h, axes))), axis=axes) / max(entries, 1)) ** -0.25
         scale = scale / jnp.squeeze(_largest(h, axes), axis=axes)
     else:
         scale = jnp.sqrt(jnp.sum(jnp.square(v), axis=axes) / jnp.sum(jnp.square(h), axis=axes))

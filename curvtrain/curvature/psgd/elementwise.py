@@ -16,13 +16,13 @@ class Elementwise(Preconditioner):
     """One number for every parameter: n numbers, sharded like the parameters, and a step of its own for each leaf.
 
     T1 = (P h)^2 and T2 = v^2 (whitening: 1), so an entry of P is fitted to rms(v) / rms(h): the inverse norm of a row
-    of the Hessian, or the inverse RMS of a gradient's entry. A layer of a stack counts as a leaf.
+    of the Hessian, or the inverse RMS of a gradient's entry. A scanned layer counts as a leaf.
     """
 
     def init(self, structure):
         start = math.sqrt(1.0 if self.initial_scale is None else self.initial_scale)
         like = structure.like()
-        leads = [shape[:lead] for shape, lead in zip(structure.shapes, structure.stacks, strict=True)]
+        leads = [shape[:lead] for shape, lead in zip(structure.shapes, structure.scan_axes, strict=True)]
         return {
             "q": jax.tree.map(lambda zero: zero + start, like),
             "L": structure.treedef.unflatten([jnp.zeros(lead) for lead in leads]),
@@ -35,7 +35,7 @@ class Elementwise(Preconditioner):
         state = {name: structure.treedef.flatten_up_to(tree) for name, tree in state.items()}
         found = {name: [] for name in state}
         failures = jnp.int32(0)
-        for i, lead in enumerate(structure.stacks):
+        for i, lead in enumerate(structure.scan_axes):
             old = {name: leaves[i] for name, leaves in state.items()}
             q, v_, axes = old["q"], vs[i], tuple(range(lead, old["q"].ndim))
             if self.initial_scale is None:

@@ -37,15 +37,15 @@ class FittedPreconditioner(Estimate):
     """P ~ |H|^-1, or (E g g^T)^(-1/2): a matrix that multiplies gradients as it is, without a damping.
 
     Attributes:
-      state: what the family of the preconditioner keeps.
+      state: the arrays of the preconditioner's family.
       mean: the moving average of gradients that is whitened, like the parameters; empty if the gradient itself is.
-      calls: int32 (), of `update`.
+      calls: int32 (), calls of `update` so far.
       waited: int32 (), calls since the last fit.
-      fits: int32 (), so far.
+      fits: int32 (), fits so far.
       failures: int32 (), parts of fits that were not made, as they were not finite.
       preconditioner: the family.
       whitens: whether gradients are what it was fitted to.
-      structure: shapes of the parameters.
+      structure: the shapes of the parameters.
     """
 
     state: PyTree
@@ -94,12 +94,12 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
       rate: mu in (0, 1], or a function of the number of fits so far. Half a step starts fast, but what the fit settles
         to in noise is proportional to it: so 0.5 at first, 0.1 from 1,600 fits on.
       probes: products per fit, for "hessian" and "ggn".
-      momentum: decay of a moving average of gradients which is whitened in their place, for "gradient".
+      momentum: for "gradient", the decay of a moving average of gradients, which is whitened in their place.
       update_probability: the share of calls of `update` that fit, or a function of the calls so far (`Annealed()`). The
         decision is made in the compiled step; a `CurvatureSchedule(update_every=...)` makes it on the host, and a step
         without a fit then pays nothing for it.
       rule: "deterministic" (as soon as 1 / probability calls have passed) or "bernoulli" (by chance).
-      memory_limit: bytes that the preconditioner may take; None is what the devices have.
+      memory_limit: bytes that the preconditioner may take; None allows the memory of the devices.
 
     Raises:
       TypeError, ValueError: when built with a bad argument; in `init` for complex parameters, a family that does not

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvtrain.curvature.psgd.base import initial_scale
+from curvtrain.curvature.psgd.base import TINY
 from curvtrain.curvature.psgd.geometry import step_dense, step_diagonal, triangular_inverse
 from curvtrain.curvature.psgd.layout import Bucket
 from curvtrain.curvature.psgd.rows import Group, Rows
@@ -74,7 +74,7 @@ class KronFit:
         seen = jnp.concatenate([state["seen"] for state in states])
         largest = jnp.concatenate([jnp.max(jnp.abs(h), axis=_of_each(h)) for h in H])
         used = largest != 0
-        scale = self._scale(buckets, V, H, used & ~seen) if self.scales else None
+        scale = self._scale(buckets, V, H, largest, used & ~seen) if self.scales else None
 
         noisy = [masked(b, self.damp(h, seed)) for b, h, seed in zip(buckets, H, seeds, strict=True)]
         old = [group.gather(Q) for group in rows.groups]
@@ -106,15 +106,22 @@ class KronFit:
         ]
         return found, jnp.sum(used & ~accepted, dtype=jnp.int32)
 
-    def _scale(self, buckets, V, H, first: jax.Array) -> jax.Array:
-        """(tensors,), the initial scale of P of the tensors whose first observation this is; 1 for the others."""
+    def _scale(self, buckets, V, H, largest: jax.Array, first: jax.Array) -> jax.Array:
+        """(tensors,), the `initial_scale` of P of the tensors whose first observation this is; 1 for the others."""
+        total = lambda X: jnp.concatenate([jnp.sum(jnp.square(x), axis=_of_each(x)) for x in X])
 
         def found():
-            parts = []
-            for index, (bucket, h) in enumerate(zip(buckets, H, strict=True)):
-                v = None if V is None else V[index]
-                parts.append(initial_scale(v, h, _of_each(h), len(h) * bucket.entries))
-            return jnp.where(first, jnp.concatenate(parts), 1.0)
+            if V is not None:
+                scale = jnp.sqrt(total(V) / total(H))
+            else:
+                top = jnp.maximum(largest, TINY)  # keeps a fourth power from overflow
+                tops = jnp.split(top, np.cumsum([bucket.count for bucket in buckets])[:-1])
+                entries = np.concatenate(
+                    [np.full(b.count, float(len(h) * b.entries)) for b, h in zip(buckets, H, strict=True)]
+                )
+                fourth = total([jnp.square(h / along(t, h.ndim, 1)) for h, t in zip(H, tops, strict=True)])
+                scale = (fourth / jnp.float32(entries)) ** -0.25 / top
+            return jnp.where(first & jnp.isfinite(scale) & (scale > 0), scale, 1.0)
 
         return jax.lax.cond(jnp.any(first), found, lambda: jnp.ones(first.shape))
 

@@ -31,7 +31,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class Kronecker(MatrixPreconditioner):
-    """What the members of the family share: see `Kron` for the options.
+    """The base of the family's members: see `Kron` for the options.
 
     A Python loop goes over *buckets*, tensors of equal sides, and only for products with tensors; all else is done to
     all factors of one size together, where the program is for one device. Where it may be for several, every bucket's
@@ -69,10 +69,10 @@ class Kronecker(MatrixPreconditioner):
     def buckets(self, structure: Structure) -> tuple[Bucket, ...]:
         """Tensors by their sides, in the order of the parameters. Parameters without entries are in none."""
         found: dict[tuple[Side, ...], list[Member]] = {}
-        for leaf, (shape, stack) in enumerate(zip(structure.shapes, structure.stacks, strict=True)):
+        for leaf, (shape, axes) in enumerate(zip(structure.shapes, structure.scan_axes, strict=True)):
             if math.prod(shape):
-                order, sides = self.sides(shape[stack:])
-                found.setdefault(sides, []).append(Member(leaf, math.prod(shape[:stack]), order))
+                order, sides = self.sides(shape[axes:])
+                found.setdefault(sides, []).append(Member(leaf, math.prod(shape[:axes]), order))
         return tuple(Bucket(sides, tuple(members)) for sides, members in found.items())
 
     def blocks(self, structure):

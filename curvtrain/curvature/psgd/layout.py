@@ -1,4 +1,4 @@
-"""How the Kronecker family sees parameters: as tensors of equal shape, stacked, so that one program serves all of them.
+"""How the Kronecker family sees parameters: as tensors of equal sides in one array, so that one program serves all.
 
 A leaf loses its axes of length 1, and more than two axes are merged into two. Every side of what is left gets a factor:
 
@@ -8,7 +8,7 @@ A leaf loses its axes of length 1, and more than two axes are merged into two. E
 | diagonal | (n,) | vectors, and sides that are too large |
 | none | | sides that are too large, if so wished |
 
-Leaves of the same sides share a bucket: their tensors, and the layers of an `nnx.scan` within each, form its stack.
+Leaves of the same sides share a bucket: its tensors are the leaves, and the layers of an `nnx.scan` within each.
 """
 
 import dataclasses
@@ -71,12 +71,12 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """What the state is filed under."""
+        """The key of the bucket in the state."""
         return "x".join(side.name for side in self.sides)
 
     @property
     def count(self) -> int:
-        """The length of the stack."""
+        """L, the number of tensors."""
         return sum(member.copies for member in self.members)
 
     @property
@@ -90,11 +90,11 @@ class Bucket:
         return sum(side.kind != "none" for side in self.sides)
 
     def read(self, structure: Structure, leaves: list[jax.Array]) -> jax.Array:
-        """(k, count, *padded sides) of leaves with a leading axis of probes."""
+        """Returns (k, L, *padded sides) of leaves with a leading axis of probes."""
         parts = []
         for member in self.members:
-            a, stack = leaves[member.leaf], structure.stacks[member.leaf]
-            a = a.reshape(a.shape[0], member.copies, *a.shape[1 + stack :])
+            a, axes = leaves[member.leaf], structure.scan_axes[member.leaf]
+            a = a.reshape(a.shape[0], member.copies, *a.shape[1 + axes :])
             a = a.transpose(0, 1, *(2 + axis for axis in member.order))
             parts.append(a.reshape(a.shape[0], member.copies, *(side.size for side in self.sides)))
         a = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
@@ -107,7 +107,7 @@ class Bucket:
         parts = unstack(a, [member.copies for member in self.members], axis=1)
         for member, part in zip(self.members, parts, strict=True):
             shape = structure.shapes[member.leaf]
-            single = shape[structure.stacks[member.leaf] :]
+            single = shape[structure.scan_axes[member.leaf] :]
             part = part.reshape(a.shape[0], member.copies, *(single[axis] for axis in member.order))
             back = sorted(range(len(member.order)), key=member.order.__getitem__)
             leaves[member.leaf] = part.transpose(0, 1, *(2 + axis for axis in back)).reshape(a.shape[0], *shape)

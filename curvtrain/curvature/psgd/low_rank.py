@@ -49,7 +49,7 @@ class LowRank(MatrixPreconditioner):
     Every step fits d, and U or V, each with probability 1/2 by the key. Whitening draws its v from the key too.
 
     U starts as zero and V at random, so that P is a multiple of I before the first fit, and fits a multiple of I at
-    once; the original starts both at random. What makes P small along few directions is learnt slowly, in steps
+    once; the original starts both at random. P that is small along few directions is learnt slowly, in steps
     proportional to K.
 
     Attributes:
@@ -189,7 +189,7 @@ class LowRank(MatrixPreconditioner):
         even = jnp.eye(self.rank) + 0.5 * S @ S  # exp(-S) and exp(S) to second order
         return _mix((even - S) / ratio, U), _mix((even + S) * ratio, V)
 
-    # -- Q and P, on stacks of vectors (k, *param.shape) ---------------------------------------------------------------
+    # -- Q and P, of k vectors (k, *param.shape) -----------------------------------------------------------------------
 
     def _Q(self, state: PyTree, x: PyTree) -> PyTree:
         """(I + U V^T) (d x)."""
@@ -228,9 +228,9 @@ class LowRank(MatrixPreconditioner):
 
     def partition_specs(self, structure, state, param_specs, mesh):
         is_spec = lambda node: isinstance(node, PartitionSpec)
-        stacked = jax.tree.map(lambda spec: PartitionSpec(None, *spec), param_specs, is_leaf=is_spec)
+        bases = jax.tree.map(lambda spec: PartitionSpec(None, *spec), param_specs, is_leaf=is_spec)
         specs = {"d": param_specs, "L": PartitionSpec(), "seen": PartitionSpec()}
-        return specs | ({"U": stacked, "V": stacked} if self.rank else {})
+        return specs | ({"U": bases, "V": bases} if self.rank else {})
 
     def blocks(self, structure):
         return [(name, f"{what} of rank {self.rank}", size) for name, what, size in super().blocks(structure)]

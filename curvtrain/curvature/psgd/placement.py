@@ -15,9 +15,9 @@ def side_axes(bucket: Bucket, structure: Structure, specs: list[PartitionSpec], 
     """The mesh axes that split side i in all of a bucket's parameters alike; None if they differ, or nothing does."""
     found = set()
     for member in bucket.members:
-        stack, shape, spec = structure.stacks[member.leaf], structure.shapes[member.leaf], specs[member.leaf]
+        lead, shape, spec = structure.scan_axes[member.leaf], structure.shapes[member.leaf], specs[member.leaf]
         names = [*spec, *[None] * (len(shape) - len(spec))]
-        axes = [stack + axis for axis in member.order if shape[stack + axis] != 1]
+        axes = [lead + axis for axis in member.order if shape[lead + axis] != 1]
         sizes, start = [side.size for side in bucket.sides], 0
         for side, size in enumerate(sizes):  # the axes of the leaf that make up this side: the first of them is split
             stop, product = start, 1
@@ -31,10 +31,10 @@ def side_axes(bucket: Bucket, structure: Structure, specs: list[PartitionSpec], 
 
 
 def factor_spec(side: Side, leaf: Any, axis: Any, mesh: jax.sharding.Mesh) -> PartitionSpec:
-    """Where a factor (L, B, b, b), (L, n), or its bounds, lives.
+    """Chooses where a factor (L, B, b, b), (L, n), or its bounds, lives.
 
-    Along with its side where the blocks (or the entries) are aligned with the shards; otherwise its stack is spread
-    over the whole mesh, or, if that does not divide, over the largest part of the mesh that does.
+    It is split along with its side where the blocks (or the entries) are aligned with the shards; otherwise its L
+    tensors are spread over the whole mesh, or, if that does not divide, over the largest part of the mesh that does.
     """
     size = lambda names: math.prod(mesh.shape[name] for name in names)
     names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)

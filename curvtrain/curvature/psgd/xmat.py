@@ -40,7 +40,7 @@ class XMat(Preconditioner):
     """A 2 x 2 block for every pair of parameters: 2 n numbers, O(n) work, the cheapest P that is not diagonal.
 
     Attributes:
-      pairing: "leaf" pairs entries i and N - 1 - i of every parameter (of every layer of a stack of them), each with a
+      pairing: "leaf" pairs entries i and N - 1 - i of every parameter (of every layer of a scanned one), each with a
         step of its own. "flat" pairs those of all parameters as one vector, as in the original code: it moves every
         entry across devices.
       order: how a step is normalised: "2nd" by the present bound of the curvature, "bounded" by a running one, "1st" by
@@ -163,7 +163,7 @@ class XMat(Preconditioner):
         return structure.treedef.flatten_up_to(vectors)
 
     def _leads(self, structure: Structure) -> tuple[int, ...]:
-        return (0,) if self.pairing == "flat" else structure.stacks
+        return (0,) if self.pairing == "flat" else structure.scan_axes
 
     def _tree(self, structure: Structure, arrays: list[jax.Array]) -> PyTree:
         return arrays[0] if self.pairing == "flat" else structure.treedef.unflatten(arrays)
