@@ -149,7 +149,8 @@ class LayerMeasure:
         if not layers:
             return empty
         objective = self.objective
-        chosen = {layer.name: layer.matrix(at(self.params, layer.path)) for layer in layers}
+        # read exactly, then differentiated in float32: a derivative with respect to bfloat16 would be rounded
+        chosen = {layer.name: layer.matrix(at(self.params, layer.path)).astype(jnp.float32) for layer in layers}
 
         def with_chosen(chosen):
             copy = jax.tree.map(lambda a: a, self.params)
