@@ -123,7 +123,8 @@ def is_the_matrix_that_it_says(life, dampings, inexact):
         assert np.all(np.isfinite(ours)) and np.any(ours != 0)
         if not inexact:
             values = np.abs(np.linalg.eigvalsh(C))
-            relative = values.max() / (damping or values.min())  # what float32 makes of the smallest eigenvalues
+            # what float32 makes of the eigenvalues that are smallest with the damping
+            relative = np.abs(values).max() / np.abs(values + damping).min()
             close(ours, np.linalg.solve(C + damping * np.eye(len(C)), v), 1e-6 * max(1, relative))
 
 
