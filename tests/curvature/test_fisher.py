@@ -35,6 +35,9 @@ AVERAGED = {"diagonal": "values", "unit": "blocks", "full": "blocks", "kronecker
 FISHERS = ("exact", "sampled", "empirical")
 
 
+ROUNDING = 4e-6  # of two cases whose error depends on the processor's tanh: up to 2.3e-6 where they were measured
+
+
 def assert_close(ours, reference, tolerance=1e-6):
     """Within `tolerance` of the reference's largest entry."""
     reference = np.asarray(reference, np.float64)
@@ -341,7 +344,7 @@ def test_blocks_of_the_dense_fisher(name, fisher):
     found = estimate(estimators(fisher) | {"kfac": KFAC(fisher, uncovered="diagonal")}, case)
     F = dense(name, fisher)
     for kind in ("diagonal", "unit", "full"):
-        assert_close(found[kind][1], within(case, kind, F))
+        assert_close(found[kind][1], within(case, kind, F), ROUNDING if name == "scanned" else 1e-6)
     (ours, C), (kfac, of_kfac) = found["kronecker"], found["kfac"]
     for layer in matrices_of(ours.coverage):
         A, G = kfac.pair(kfac.factors, layer.name)
@@ -359,11 +362,11 @@ def test_blocks_of_the_dense_hessian(name):
     assert_close(C, H)
     (vector, v), (values, Q) = normal(name), np.linalg.eigh(H)
     assert values.min() < -1e-3
-    of_matrix = lambda function: Q @ (function(values) * (Q.T @ v))
+    of_matrix, rounding = lambda function: Q @ (function(values) * (Q.T @ v)), ROUNDING if name == "scanned" else 1e-6
     _, solved, _, root = applied({"full": curvature}, vector, jnp.array([3.0, 1e-3 - values.min() / 2]))["full"]
     for i, damping in enumerate((3.0, 1e-3 - values.min() / 2)):  # the second leaves negative eigenvalues
         condition = np.abs(values).max() / np.abs(values + damping).min() if i else 1.0
-        assert_close(solved[i], of_matrix(lambda x, damping=damping: 1 / (x + damping)), 1e-6 * max(1.0, condition))
+        assert_close(solved[i], of_matrix(lambda x, damping=damping: 1 / (x + damping)), rounding * max(1.0, condition))
     assert_close(root[0], of_matrix(lambda x: (x + 3) ** -0.5))
     assert not np.all(np.isfinite(root[1]))
     assert_close(curvature.logdet(3.0), np.log(np.abs(values + 3)).sum())
