@@ -362,14 +362,15 @@ def test_blocks_of_the_dense_hessian(name):
     assert_close(C, H)
     (vector, v), (values, Q) = normal(name), np.linalg.eigh(H)
     assert values.min() < -1e-3
-    of_matrix, rounding = lambda function: Q @ (function(values) * (Q.T @ v)), ROUNDING if name == "scanned" else 1e-6
-    _, solved, _, root = applied({"full": curvature}, vector, jnp.array([3.0, 1e-3 - values.min() / 2]))["full"]
-    for i, damping in enumerate((3.0, 1e-3 - values.min() / 2)):  # the second leaves negative eigenvalues
-        condition = np.abs(values).max() / np.abs(values + damping).min() if i else 1.0
-        assert_close(solved[i], of_matrix(lambda x, damping=damping: 1 / (x + damping)), rounding * max(1.0, condition))
-    assert_close(root[0], of_matrix(lambda x: (x + 3) ** -0.5))
+    of_matrix = lambda function: Q @ (function(values) * (Q.T @ v))
+    above, below = max(3.0, 3.0 - values.min()), 1e-3 - values.min() / 2  # the second leaves negative eigenvalues
+    _, solved, _, root = applied({"full": curvature}, vector, jnp.array([above, below]))["full"]
+    for ours, damping in zip(solved, (above, below), strict=True):
+        condition = np.abs(values).max() / np.abs(values + damping).min()
+        assert_close(ours, of_matrix(lambda x, d=damping: 1 / (x + d)), 1e-6 * max(1.0, condition))
+    assert_close(root[0], of_matrix(lambda x: (x + above) ** -0.5), ROUNDING)
     assert not np.all(np.isfinite(root[1]))
-    assert_close(curvature.logdet(3.0), np.log(np.abs(values + 3)).sum())
+    assert_close(curvature.logdet(above), np.log(np.abs(values + above)).sum())
     assert_close(ravel_pytree(curvature.diagonal())[0], np.diag(H))
 
 
