@@ -11,7 +11,7 @@ Without a key, dropout is off.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import jax
@@ -20,10 +20,10 @@ from flax import nnx
 
 from curvtrain import _checks
 from curvtrain._outputs import floats, with_floats
-from curvtrain.losses import RESERVED, Loss, example_weights, unmasked
+from curvtrain.losses import Loss, unmasked
 from curvtrain.objective.paths import Path, by_path, nested, path_name
-from curvtrain.objective.pieces import Measure, batch_size, safe, walk
-from curvtrain.objective.split_model import SplitModel
+from curvtrain.objective.pieces import Measure, batch_size, loss_only_weight, safe, walk
+from curvtrain.objective.split_model import SplitModel, check_params
 
 PyTree = Any
 Sums = TypeVar("Sums")
@@ -87,7 +87,7 @@ class Objective:
         if microbatch is not None:
             _checks.positive_int("Objective.from_model(microbatch)", microbatch)
         static, params, frozen, rest = SplitModel.of(model, predict, loss, wrt)
-        _check_params(params, frozen)
+        check_params(params, frozen)
         return Objective(rest, static, None, microbatch, frozen=frozen), params
 
     @staticmethod
@@ -342,7 +342,7 @@ class Objective:
     def _total_of_loss_fn(self, params, piece):
         """(the mean loss of a piece times its weight, its weight)."""
         assert self._loss_fn is not None
-        weight = _loss_only_weight(piece)
+        weight = loss_only_weight(piece)
         value = self._loss_fn(self._with_frozen_leaves(params), piece)
         if jnp.shape(value) != ():
             raise ValueError(
@@ -353,28 +353,3 @@ class Objective:
 
 def _float32(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-
-
-def _loss_only_weight(piece: Any) -> jax.Array:
-    """What a piece counts for, where only its mean loss is known: its examples, or their mask and weights."""
-    leading = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(piece) if jnp.ndim(leaf)}
-    if len(leading) != 1:
-        return jnp.float32(1.0)  # not examples along a common axis: the batch is one piece anyway
-    entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-    return jnp.sum(example_weights(piece, max([(leading.pop(),), *entries], key=len)))
-
-
-def _check_params(params: PyTree, frozen: PyTree) -> None:
-    leaves = by_path(params)
-    if not leaves:
-        others = [path_name(path) for path in by_path(frozen)][:3]
-        raise ValueError(
-            "Objective.from_model(model, wrt) has no trainable variables: the filter matches none of the model's"
-            + (f", of which {others} are of type nnx.Param." if others else ", and none of them is an nnx.Param.")
-        )
-    for path, leaf in leaves.items():
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise TypeError(
-                f"Parameter {path_name(path)} is {leaf.dtype}; curvature needs real floating parameters. Leave it out "
-                f"with Objective.from_model(wrt=...)."
-            )

@@ -1,10 +1,12 @@
 """Batches in pieces: their sizes, and what is summed over them in the backward passes of a loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+
+from curvtrain.losses import RESERVED, example_weights
 
 PyTree = Any
 
@@ -85,3 +87,12 @@ def batch_size(batch: Any) -> int:
             f"The arrays of a batch should have one common length, their number of examples, not {lengths}."
         )
     return int(next(iter(lengths.values())))
+
+
+def loss_only_weight(piece: Any) -> jax.Array:
+    """The weight of a piece of which only the mean loss is known: its examples, or their mask and weights."""
+    leading = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(piece) if jnp.ndim(leaf)}
+    if len(leading) != 1:
+        return jnp.float32(1.0)  # not examples along a common axis: the batch is one piece anyway
+    entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
+    return jnp.sum(example_weights(piece, max([(leading.pop(),), *entries], key=len)))

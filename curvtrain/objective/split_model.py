@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from curvtrain.losses import Batch, Loss
-from curvtrain.objective.paths import Path, by_path
+from curvtrain.objective.paths import Path, by_path, path_name
 
 PyTree = Any
 
@@ -90,6 +90,23 @@ class SplitModel:
         rest = nnx.to_pure_dict(_split(module, self.wrt)[-1])
         # keep what the split module had; variables that a forward pass adds (sown values) are not part of the state
         return outputs, _same_structure(rest, model_state)
+
+
+def check_params(params: PyTree, frozen: PyTree) -> None:
+    """Raises ValueError if there are no parameters, TypeError if one is not of real floating-point numbers."""
+    leaves = by_path(params)
+    if not leaves:
+        others = [path_name(path) for path in by_path(frozen)][:3]
+        raise ValueError(
+            "Objective.from_model(model, wrt) has no trainable variables: the filter matches none of the model's"
+            + (f", of which {others} are of type nnx.Param." if others else ", and none of them is an nnx.Param.")
+        )
+    for path, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"Parameter {path_name(path)} is {leaf.dtype}; curvature needs real floating parameters. Leave it out "
+                f"with Objective.from_model(wrt=...)."
+            )
 
 
 def annotated_specs(model: nnx.Module, wrt: Any = nnx.Param) -> PyTree:
