@@ -70,7 +70,7 @@ CASES = {
     "KFAC, eigh": Case(KFAC("empirical", inverse="eigh", **PLAIN), kfac),
     "KFAC, stale": Case(KFAC("empirical", stale=0.1, slots=8, **PLAIN), kfac, inexact=SPLIT),
     "KFAC, ekfac": Case(
-        KFAC("sampled", "reduce", "ekfac", scale_every=2, plain="table|scale", **PLAIN),
+        KFAC("sampled", "reduce", "ekfac", scale_every=2, **PLAIN),
         lambda: optim.kfac(0.1, 0.8, 0.3),
     ),
     "DiagonalFisher": Case(DiagonalFisher("empirical"), by_curvature),

@@ -19,7 +19,7 @@ def build():
     return nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "KFAC, ekfac"])  # whose `plain` names other layers
+@pytest.mark.parametrize("name", CASES)
 def test_a_state_of_variables(name, quick_compile):
     case, model = CASES[name], build()
     objective, params = Objective.from_model(model, lambda m, b: m(b["x"]), LOSS)

@@ -916,7 +916,7 @@ def test_nothing_is_printed_and_nothing_is_switched(capsys):
     assert (jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision) == before
 
 
-SHAPES = {"a": jnp.ones((3, 4)), "b": jnp.ones(4), "none": jnp.zeros((0, 4))}
+INJECTED_PARAMS = {"a": jnp.ones((3, 4)), "b": jnp.ones(4), "none": jnp.zeros((0, 4))}
 
 
 @pytest.mark.parametrize(
@@ -933,7 +933,7 @@ def test_hyperparameters_are_injected(make, options):
     options = dict(learning_rate=1e-2, preconditioner_update_probability=1.0, weight_decay=0.1, **options)
     found = []
     for tx in (optax.inject_hyperparams(make)(**options), make(**options)):
-        updates, _ = jax.jit(tx.update)(SHAPES, tx.init(SHAPES), SHAPES)
+        updates, _ = jax.jit(tx.update)(INJECTED_PARAMS, tx.init(INJECTED_PARAMS), INJECTED_PARAMS)
         assert updates["none"].shape == (0, 4)
         found.append(updates)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), *found)
@@ -942,5 +942,5 @@ def test_hyperparameters_are_injected(make, options):
 def test_a_shape_that_is_traced_is_named():
     tx = optax.inject_hyperparams(optim.affine)(learning_rate=1e-2, max_size_triangular=3)
     with pytest.raises(TypeError, match=r"affine\(max_size_triangular\) decides on the shapes .* static_args="):
-        jax.jit(tx.init)(SHAPES)
-    jax.eval_shape(optax.inject_hyperparams(optim.affine)(learning_rate=1e-2).init, SHAPES)  # defaults are known
+        jax.jit(tx.init)(INJECTED_PARAMS)
+    jax.eval_shape(optax.inject_hyperparams(optim.affine)(learning_rate=1e-2).init, INJECTED_PARAMS)  # defaults are known
