@@ -943,4 +943,4 @@ def test_a_shape_that_is_traced_is_named():
     tx = optax.inject_hyperparams(optim.affine)(learning_rate=1e-2, max_size_triangular=3)
     with pytest.raises(TypeError, match=r"affine\(max_size_triangular\) decides on the shapes .* static_args="):
         jax.jit(tx.init)(INJECTED_PARAMS)
-    jax.eval_shape(optax.inject_hyperparams(optim.affine)(learning_rate=1e-2).init, INJECTED_PARAMS)  # defaults are known
+    jax.eval_shape(optax.inject_hyperparams(optim.affine)(learning_rate=1e-2).init, INJECTED_PARAMS)

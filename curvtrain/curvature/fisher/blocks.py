@@ -165,26 +165,18 @@ class _BlockEstimator(LayerEstimator[Blocks]):
         )
 
     def refresh(self, curvature: Blocks, objective, params, batch, key, damping=None) -> Blocks:
-        names = [name for name, F in curvature.blocks.items() if F.size]
-        sizes: dict[int, list[str]] = {}
-        for name in names:  # blocks of one size are factorised together
-            sizes.setdefault(curvature.blocks[name].shape[-1], []).append(name)
-        share = lambda F: split(stacks.eigh, axes_for(mesh_shape(), len(F)))  # of those of a size, on each device
-        together = {str(d): jnp.concatenate([curvature.blocks[name] for name in of]) for d, of in sizes.items()}
-        eigen = stacks.in_turn(lambda _, F: share(F)(F), together)
+        own = {name: F for name, F in curvature.blocks.items() if F.size}
+        # Layer by layer: on eight virtual devices of a CPU, programs with the blocks of all layers of one size together
+        # waited for each other for ever.
+        share = lambda F: split(stacks.eigh, axes_for(mesh_shape(), len(F)))  # of those of a layer, on each device
+        eigen = stacks.in_turn(lambda _, F: share(F)(F), own)
         vectors, values, failures = dict(curvature.vectors), dict(curvature.values), curvature.failures
-        for d, members in sizes.items():
-            value, Q = eigen[str(d)]
+        for name, (value, Q) in eigen.items():
             value = self._rounded(value)
             finite = jnp.all(jnp.isfinite(value), axis=1) & jnp.all(jnp.isfinite(Q), axis=(1, 2))
             failures += jnp.sum(~finite, dtype=jnp.int32)
-            old = [jnp.concatenate([kept[name] for name in members]) for kept in (values, vectors)]
-            value = jnp.where(finite[:, None], value, old[0])
-            Q = jnp.where(finite[:, None, None], Q, old[1])
-            start = 0
-            for name in members:
-                stop = start + len(curvature.blocks[name])
-                values[name], vectors[name], start = value[start:stop], Q[start:stop], stop
+            values[name] = jnp.where(finite[:, None], value, values[name])
+            vectors[name] = jnp.where(finite[:, None, None], Q, vectors[name])
         return dataclasses.replace(
             curvature, vectors=vectors, values=values, refreshes=curvature.refreshes + 1, failures=failures
         )
