@@ -77,7 +77,7 @@ CASES = {
     "KroneckerDiagonal": Case(KroneckerDiagonal("sampled", **PLAIN), by_curvature),
     "UnitWise": Case(UnitWise("exact", **PLAIN), by_curvature),
     "FullBlock": Case(FullBlock("exact", **PLAIN), kfac),
-    "FullBlock, hessian": Case(FullBlock("hessian", **PLAIN), lambda: by_curvature(5.0), dampings=(3.0, 7.0)),
+    "FullBlock, hessian": Case(FullBlock("hessian", **PLAIN), lambda: by_curvature(5.0), dampings=(7.0, 20.0)),
     "PSGD, Kron": psgd(Kron(), momentum=0.9),
     "PSGD, Kron in blocks": psgd(Kron("QUAD", block_size=2), "hessian", 0.1, probes=2),
     "PSGD, Affine": psgd(Affine(), "ggn", 0.1, update_probability=0.5),
