@@ -57,7 +57,7 @@ def number_in(
 
 
 def is_off(value: object) -> bool:
-    """Whether an option is a plain number that is zero.
+    """Says whether an option is a plain number that is zero.
 
     An array of JAX is never off, whatever it holds: its value may change while the structure of a state may not.
     """

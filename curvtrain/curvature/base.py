@@ -20,7 +20,7 @@ PyTree = Any
 
 
 class Estimate(abc.ABC):  # noqa: B024 - all of its methods have defaults
-    """What an estimator maintains: a pytree of arrays that acts on vectors like the parameters."""
+    """The result of an estimator: a pytree of arrays that acts on vectors like the parameters."""
 
     def like(self) -> PyTree:
         """Shapes and dtypes of the vectors that it acts on: `jax.ShapeDtypeStruct`s, structured like the parameters.
@@ -94,7 +94,7 @@ class Curvature(Estimate):
 
 
 def is_inverse(exponent: jax.Array | float) -> bool:
-    """Whether a power is known to be the inverse: an exponent that is an array may be anything."""
+    """Says whether a power is known to be the inverse: an exponent that is an array may be anything."""
     return not isinstance(exponent, jax.Array) and exponent == -1
 
 
@@ -144,7 +144,7 @@ class CurvatureEstimator(abc.ABC, Generic[E]):
         """A `PartitionSpec` for every leaf of the curvature, given those of the parameters."""
 
     def measure(self, curvature: E, objective: Objective, params: PyTree, batch: Any, key: jax.Array) -> Measure | None:
-        """What `update` wants of the backward passes of the batch; None if it makes its own, or needs none.
+        """Returns what `update` wants of the backward passes of the batch; None if it makes its own, or needs none.
 
         A training step takes it together with the gradient, `Objective.value_grad_and_measure`, in one forward pass
         over every piece of the batch, and hands the result to `absorb` in the place of a call of `update`.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from curvtrain.curvature.base import Estimate
-from curvtrain.objective import Objective, Path, by_path, nested, path_name
+from curvtrain.objective import Objective, Path, by_path, nested
 
 PyTree = Any
 
@@ -122,8 +122,3 @@ def _described(kind: type[Estimate]) -> str:
         "Eigenpairs": "Eigenpairs, those of curvature.Lanczos(k)",
         "FittedPreconditioner": "a FittedPreconditioner, such as that of curvature.PSGD()",
     }.get(kind.__name__, kind.__name__)
-
-
-def unknown_parameters(paths: Sequence[Path]) -> str:
-    """Some paths, for a message."""
-    return ", ".join(map(path_name, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

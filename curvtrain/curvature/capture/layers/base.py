@@ -105,7 +105,7 @@ class Layer(abc.ABC):
 
     def gradients(self, backward: Backward) -> Gradients:
         """The gradients of the examples of one call with respect to M."""
-        raise NotImplementedError(f"{type(self).__name__}.gradients")
+        raise TypeError(f"{type(self).__name__} says nothing of its gradients: give it a method gradients().")
 
     def squares(self, backward: Backward) -> jax.Array:
         """sum_n D_n^2 elementwise: (g, d_i, d_o)."""
@@ -126,11 +126,11 @@ class Layer(abc.ABC):
         return self.gradients(backward).corrected(backward).total(outer)
 
     def block(self) -> Block:
-        """How K-FAC measures, stores and applies the layer's block: `Factored()`, `UnitBlocks(...)` or one's own."""
-        raise NotImplementedError(f"{type(self).__name__}.block")
+        """Returns the block that K-FAC measures, stores and applies: `Factored()`, `UnitBlocks(...)` or one's own."""
+        raise TypeError(f"{type(self).__name__} has no block of K-FAC: give it a method block().")
 
     def lacks(self, method: str) -> bool:
-        """Whether the layer's class does not define one of the methods that a subclass may leave out."""
+        """Says whether the layer's class leaves out a method that a subclass may leave out."""
         return getattr(type(self), method) is getattr(Layer, method)
 
 
