@@ -210,7 +210,7 @@ class KronFit:
         mean = rows.over_units(jnp.sum, logs, 0.0) / jnp.asarray(rows.factors, logs.dtype)
         factor = jnp.exp(rows.of_tensors_by_unit(mean) - logs)
         widest = max(group.size for group in rows.groups)
-        bad = rows.over_rows(jnp.max, jnp.where(jnp.isfinite(bounds), 0.0, 1.0), 0.0)
+        bad = rows.over_rows(jnp.max, (~jnp.isfinite(bounds)).astype(bounds.dtype), 0.0)
         bad = jnp.where(jnp.isfinite(jnp.square(largest * factor) * widest), bad, 1.0)  # so that P is finite too
         fine = rows.over_units(jnp.max, bad, 0.0) == 0
         each = rows.per_group(rows.of_units(factor))
