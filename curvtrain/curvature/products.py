@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from curvtrain import _checks
+from curvtrain._keys import Purpose, fold
 from curvtrain._outputs import floats, with_floats
 from curvtrain.curvature import trees
 from curvtrain.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, unmasked, weight_like
@@ -135,7 +136,7 @@ def fvp(
 
     def product(params, vector, piece, key):
         z, Jv, pull = _linearised_outputs(objective, params, vector, piece, key)
-        targets = loss.sample_targets(z, piece, jax.random.fold_in(key, 1)) if fisher == "sampled" else piece
+        targets = loss.sample_targets(z, piece, fold(key, Purpose.TARGETS)) if fisher == "sampled" else piece
         w = loss.weights(z, piece)
         values = lambda leaves: jnp.sum(loss.values(unmasked(with_floats(z, leaves), w), targets))
         r = jax.grad(values)(floats(z))  # r_i = dl/dz_i, so g_i = J_i^T r_i

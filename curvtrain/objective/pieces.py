@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from curvtrain._keys import Purpose, fold
 from curvtrain.losses import RESERVED, example_weights
 
 PyTree = Any
@@ -48,7 +49,7 @@ def walk(step: Callable, state: PyTree, batch: Any, key: jax.Array | None, size:
         state, sums, seen = step(state, batch, key)
         return state, sums, jax.tree.map(lambda a: a[None], seen)
     pieces, rest = divmod(batch_size(batch), size)
-    keys = [None] * (pieces + 1) if key is None else jax.random.split(key, pieces + 1)
+    keys = [None] * (pieces + 1) if key is None else jax.random.split(fold(key, Purpose.PIECES), pieces + 1)
     # Piece j takes rows j, j + pieces, ...: a batch that is sharded over devices in contiguous blocks then gives
     # every device its share of every piece, without communication.
     cut = lambda a: jnp.moveaxis(a[: pieces * size].reshape((size, pieces, *a.shape[1:])), 1, 0)

@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from curvtrain._keys import Purpose, fold
 from curvtrain.losses import Batch, Loss
+from curvtrain.objective import modes
 from curvtrain.objective.paths import Path, by_path, path_name
 
 PyTree = Any
-
-_DETERMINISTIC = dict(deterministic=True)
-_EVALUATION = dict(deterministic=True, use_running_average=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +50,10 @@ class SplitModel:
     @classmethod
     def of(cls, model: nnx.Module, predict: Any, loss: Loss, wrt: Any) -> tuple["SplitModel", PyTree, PyTree, PyTree]:
         """Returns (the static half, parameters, frozen parameters, model state) of a module, as nested dicts."""
+        model = modes.trained(model)
         graph, params, random, _, frozen, rest = _split(model, wrt)
-        deterministic, evaluation = (
-            _split(nnx.view(model, raise_if_not_found=False, **flags), wrt)[0]
-            for flags in (_DETERMINISTIC, _EVALUATION)
-        )
+        deterministic = _split(nnx.view(model, raise_if_not_found=False, **modes.DETERMINISTIC), wrt)[0]
+        evaluation = _split(modes.evaluated(model), wrt)[0]
         streams = tuple((path, type(v), v.get_value().shape) for path, v in nnx.to_flat_state(random))
         params, frozen, rest = map(nnx.to_pure_dict, (params, frozen, rest))
         paths = (*by_path(params), *by_path(frozen))
@@ -63,7 +61,7 @@ class SplitModel:
 
     def random_state(self, key: jax.Array | None) -> PyTree:
         """The module's random streams, folded out of `key` in path order; counts start at zero."""
-        key = jax.random.key(0) if key is None else key
+        key = fold(jax.random.key(0) if key is None else key, Purpose.STREAMS)
         state: dict[Any, Any] = {}
         for i, (path, kind, shape) in enumerate(self.streams):
             node = state

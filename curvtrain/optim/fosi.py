@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain._extra import accepting
 from curvtrain.curvature import trees
 from curvtrain.curvature.eigenpairs import Eigenpairs
 from curvtrain.curvature.packing import Packing
@@ -120,7 +121,7 @@ def fosi(
         _checks.one_of("fosi(momentum)", momentum, MOMENTA)
         momentum = MOMENTA[momentum](decay)
     advance = momentum
-    base = optax.with_extra_args_support(base)
+    base = accepting(base)
 
     def init(params):
         velocity = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator_dtype), params)

@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from curvtrain import losses
+from curvtrain._keys import Purpose, fold
 from curvtrain.curvature import KFAC, DiagonalFisher, FullBlock, KroneckerDiagonal, UnitWise
 from curvtrain.curvature import mesh as curvature_mesh
 from curvtrain.curvature.kfac.factors import matrices_of
@@ -225,10 +226,10 @@ def weights_of(case, batch):
 def sampled_targets(case, batch):
     """(drawn for the batch as a whole, drawn for plain parameters, which see one example at a time)."""
     objective, params = build(case)
-    draw = lambda z, batch, key: LOSSES[case.value].sample_targets(z, batch, jax.random.fold_in(key, 1))["t"]
+    draw = lambda z, batch, key: LOSSES[case.value].sample_targets(z, batch, fold(key, Purpose.TARGETS))["t"]
     z = objective.predict(params, batch, KEY)
     one = lambda z, example, key: draw(z[None], jax.tree.map(lambda a: a[None], example), key)[0]
-    return draw(z, batch, KEY), jax.vmap(one)(z, batch, jax.random.split(KEY, N))
+    return draw(z, batch, KEY), jax.vmap(one)(z, batch, jax.random.split(fold(KEY, Purpose.EXAMPLES), N))
 
 
 def dense(name, fisher):

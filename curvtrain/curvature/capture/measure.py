@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from curvtrain._keys import Purpose, fold
 from curvtrain._outputs import floats
 from curvtrain.curvature.capture.calls import examples_of_calls
 from curvtrain.curvature.capture.coverage import Coverage, at
@@ -171,7 +172,7 @@ class LayerMeasure:
             return seeds.total(square)
 
         n = batch_size(piece)
-        keys = None if key is None else jax.random.split(key, n)
+        keys = None if key is None else jax.random.split(fold(key, Purpose.EXAMPLES), n)
         size = sum(layer.size for layer in layers)
         each = jax.lax.map(lambda x: one(*x), (piece, keys), batch_size=max(1, min(n, FLOATS // size)))
         return empty | {name: {"D2": jnp.sum(squares, axis=0)} for name, squares in each.items()}

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvtrain._keys import Purpose, fold
 from curvtrain._outputs import floats, with_floats
 from curvtrain.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, unmasked
 
@@ -109,7 +110,7 @@ def _drawn(loss, clean, piece, key, who):
     if key is None:
         raise ValueError(f"{who}(fisher='sampled') draws targets from the model and needs a key.")
     try:
-        return loss.sample_targets(clean, piece, jax.random.fold_in(key, 1))
+        return loss.sample_targets(clean, piece, fold(key, Purpose.TARGETS))
     except TypeError as error:
         raise TypeError(
             f"{who}(fisher='sampled') cannot draw targets: {type(loss).__name__}.sample_targets did not take "

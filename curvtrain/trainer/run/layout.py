@@ -20,7 +20,7 @@ from curvtrain.losses import Loss
 from curvtrain.objective import Objective, annotated_specs, by_path, nested, path_name
 from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.mesh import sharding
-from curvtrain.trainer.run.step import MetricsFn
+from curvtrain.trainer.run.step import MetricsFn, average_of
 from curvtrain.trainer.state import TrainState
 
 PyTree = Any
@@ -142,11 +142,17 @@ class Layout:
             model_state=objective.model_state,
             opt_state=self._tx.init(params),
             curvature=None,
-            ema=None if config.ema is None else jax.tree.map(lambda p: jnp.array(p, jnp.float32), params),
+            ema=None if config.ema is None else average_of(params),
             key=jax.random.key(config.seed),
             frozen=objective.frozen or None,
+            ema_model_state=self._average_of_state(objective.model_state),
         )
         return objective, state, annotated_specs(model)
+
+    def _average_of_state(self, model_state: PyTree) -> PyTree:
+        """The average of the model state before the first step; None without an average, or if nothing moves in it."""
+        moves = any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(model_state))
+        return average_of(model_state) if moves and self._config.ema is not None else None
 
     def _trained(self, model: nnx.Module) -> Any:
         """The filter of the trained parameters. Raises ValueError, with some names, if it matches none of them."""
@@ -213,4 +219,5 @@ class Layout:
             ema=None if shapes.ema is None else params,
             key=PartitionSpec(),
             frozen=None if shapes.frozen is None else specs_of(shapes.frozen),
+            ema_model_state=replicated(shapes.ema_model_state),
         )

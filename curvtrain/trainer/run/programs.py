@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from curvtrain.curvature import CurvatureSchedule
 from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.run.layout import Layout
-from curvtrain.trainer.run.step import Kind, MetricsFn, eval_step, telemetry, train_step
+from curvtrain.trainer.run.step import Evaluated, Kind, MetricsFn, all_finite, eval_step, telemetry, train_step
 
 PyTree = Any
 
@@ -37,9 +36,11 @@ class Programs:
         metrics: MetricsFn,
         batch: PyTree,
         wide_batch: PyTree,
+        evaluated: Evaluated | None = None,
     ):
         self.schedule, self.batch, self.wide_batch = schedule, batch, wide_batch
         self._config, self._layout, self._tx, self._metrics = config, layout, tx, metrics
+        self._evaluated = evaluated
         self._replicated = NamedSharding(layout.mesh, PartitionSpec())
         self._lowered: dict[Kind, Any] = {}
         self._compiled: dict[Kind, Any] = {}
@@ -78,6 +79,7 @@ class Programs:
                 config.ema,
                 config.batch_size // config.accumulate,
                 self.schedule.update_first,
+                config.nonfinite == "skip",
             )
             program = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, self._replicated))
             with jax.set_mesh(layout.mesh):  # estimators split their work over it
@@ -86,7 +88,7 @@ class Programs:
         return self._lowered[kind]
 
     def step(self, kind: Kind) -> Any:
-        """The compiled step of a kind, `(state, batch, curvature_batch) -> (state, metrics)`; it donates the state."""
+        """The compiled step of a kind, `(state, batch, curvature_batch) -> (state, seen)`; it donates the state."""
         if kind not in self._compiled:
             self._compiled[kind] = self.lower(kind).compile()
         return self._compiled[kind]
@@ -99,8 +101,10 @@ class Programs:
 
     @functools.cached_property
     def evaluate(self) -> Any:
-        """The evaluation step `(params, frozen, model_state, batch) -> metrics`; compiled per shape of its batch."""
-        step = eval_step(self._layout.objective, self._metrics, self._layout.state.params)
+        """The evaluation step, see `eval_step`; compiled per shape of its batch."""
+        state = self._layout.state
+        like = state.params, state.model_state
+        step = eval_step(self._layout.objective, self._metrics, like, self._evaluated)
         return jax.jit(step, out_shardings=self._replicated)
 
     @functools.cached_property
@@ -111,5 +115,4 @@ class Programs:
     @functools.cached_property
     def all_finite(self) -> Callable[[PyTree], jax.Array]:
         """Says whether every element of a tree is finite, as a bool ()."""
-        finite = lambda tree: jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(tree)]))
-        return jax.jit(finite, out_shardings=self._replicated)
+        return jax.jit(all_finite, out_shardings=self._replicated)
