@@ -7,11 +7,14 @@ from typing import Any
 import jax
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
 from curvtrain.curvature import CurvatureSchedule
 from curvtrain.trainer.config import TrainerConfig
+from curvtrain.trainer.mesh.sharding import path_name
 from curvtrain.trainer.run.layout import Layout
 from curvtrain.trainer.run.step import Evaluated, Kind, MetricsFn, all_finite, eval_step, telemetry, train_step
+from curvtrain.trainer.state import TrainState
 
 PyTree = Any
 
@@ -85,6 +88,7 @@ class Programs:
             with jax.set_mesh(layout.mesh):  # estimators split their work over it
                 wide = self.wide_batch if self.wide(kind) else None
                 self._lowered[kind] = program.lower(layout.state, self.batch, wide)
+            _check_same_state(layout.state, self._lowered[kind].out_info[0])
         return self._lowered[kind]
 
     def step(self, kind: Kind) -> Any:
@@ -116,3 +120,16 @@ class Programs:
     def all_finite(self) -> Callable[[PyTree], jax.Array]:
         """Says whether every element of a tree is finite, as a bool ()."""
         return jax.jit(all_finite, out_shardings=self._replicated)
+
+
+def _check_same_state(before: TrainState, after: TrainState) -> None:
+    """Raises TypeError if a step's state is not like the one that it was given: the next step could not take it."""
+    shown = lambda tree: {path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_with_path(tree)}
+    have, want = shown(after), shown(before)
+    odd = [name for name in {**want, **have} if have.get(name) != want.get(name)]
+    if odd:
+        pairs = [f"{name} is {want.get(name, 'absent')} before, {have.get(name, 'absent')} after" for name in odd[:3]]
+        raise TypeError(
+            f"A step should leave every part of its state in its shape and dtype: {'; '.join(pairs)}. The optimizer's "
+            f"init and update should agree on opt_state, and the model's calls on model_state."
+        )
