@@ -62,7 +62,7 @@ def walk(step: Callable, state: PyTree, batch: Any, key: jax.Array | None, size:
         return (state, jax.tree.map(jnp.add, sums, more)), seen
 
     first = jax.tree.map(lambda a: a[0], stacked)
-    shapes = jax.eval_shape(step, state, first, keys[0])[1]
+    shapes = jax.eval_shape(step, state, first, key)[1]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (state, sums), seen = jax.lax.scan(body, (state, zeros), (stacked, None if key is None else keys[:pieces]))
     if rest:
