@@ -28,7 +28,7 @@ from jax.flatten_util import ravel_pytree
 from curvtrain import _checks
 from curvtrain._outputs import floats, with_floats
 from curvtrain.curvature import trees
-from curvtrain.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, unmasked, weight_like
+from curvtrain.losses import unmasked, weight_like
 from curvtrain.objective import Objective, safe
 
 PyTree = Any
@@ -124,12 +124,18 @@ def fvp(
     objective.require_outputs("fvp", "hvp, or Objective.from_model(model, predict, loss)")
     loss = objective.loss_of_outputs
     if fisher == "exact":
-        if not isinstance(loss, SoftmaxCrossEntropy | SigmoidCrossEntropy | SquaredError):
+        if not loss.hessian_is_fisher:
+            works = " or ".join(f"fisher={kind!r}" for kind in loss.fishers if kind in FISHERS)
             raise TypeError(
                 f"fvp(fisher='exact') knows the distribution of the losses of curvtrain.losses, not of "
-                f"{type(loss).__name__}. Use ggnvp, or fisher='sampled' with a loss that defines sample_targets."
+                f"{type(loss).__name__}. Use ggnvp, or {works}; or give the loss hessian_is_fisher = True, if it is so."
             )
         return ggnvp(objective, params, vector, batch, key)  # E_t[dl dl^T] = H_l for these natural parameters
+    if fisher == "sampled" and not loss.can_sample:
+        raise TypeError(
+            f"fvp(fisher='sampled') draws targets from the model, and {type(loss).__name__} cannot be sampled: it has "
+            f"no sample_targets of its own. Use ggnvp or fisher='empirical', or define it."
+        )
     if fisher == "sampled" and key is None:
         raise ValueError("fvp(fisher='sampled') draws targets from the model and needs a key.")
 

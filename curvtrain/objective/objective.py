@@ -342,7 +342,7 @@ class Objective:
     def _total_of_loss_fn(self, params, piece):
         """(the mean loss of a piece times its weight, its weight)."""
         assert self._loss_fn is not None
-        weight = loss_only_weight(piece)
+        weight = loss_only_weight(piece, self.microbatch is not None)
         value = self._loss_fn(self._with_frozen_leaves(params), piece)
         if jnp.shape(value) != ():
             raise ValueError(

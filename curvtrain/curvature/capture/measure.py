@@ -20,7 +20,6 @@ from curvtrain.curvature.capture.layers.gradients import FLOATS
 from curvtrain.curvature.capture.seeds import seeds_of
 from curvtrain.curvature.capture.statistics import Statistic
 from curvtrain.curvature.capture.taps import Arrays, Tap, attach
-from curvtrain.losses import RESERVED, Loss, example_weights
 from curvtrain.objective import Objective, batch_size
 
 PyTree = Any
@@ -123,22 +122,21 @@ class LayerMeasure:
         """Whether the loss's own backward pass gives the statistics: see the module's docstring."""
         if self.fisher != "empirical":
             return False
-        if type(self.objective.loss_of_outputs).weights is not Loss.weights:
+        loss = self.objective.loss_of_outputs
+        if not loss.weights_are_known:
             return False  # weights of the loss's own making are known only after the forward pass
-        examples = batch_size(piece)
-        simple = all(w.ndim == 1 for w in _float_weights(piece)) and not self.couples
+        examples, scale = batch_size(piece), loss.known_weights(piece).scale
         each = set(self.examples(examples).values()) <= {examples}
-        return not _float_weights(piece) or (simple and each)
+        return scale is None or (scale.ndim == 1 and not self.couples and each)
 
     def _arrays_of_weights(self, piece: Any) -> dict[str, jax.Array]:
         """`weights` for rows, and `correction` for cotangents, see `Backward`; where the batch has such entries."""
-        entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-        if not entries:
+        known = self.objective.loss_of_outputs.known_weights(piece)
+        if known.product is None:
             return {}
-        arrays = {"weights": example_weights(piece, max(entries, key=len))}
-        wide = _float_weights(piece)
-        if wide and self._rides(piece):
-            w = jnp.prod(jnp.stack([w.astype(jnp.float32) for w in wide]), axis=0)
+        arrays = {"weights": known.product}
+        if known.scale is not None and self._rides(piece):
+            w = known.scale
             arrays["correction"] = jnp.where(w > 0, jax.lax.rsqrt(jnp.where(w > 0, w, 1.0)), 0.0)
         return arrays
 
@@ -175,12 +173,6 @@ class LayerMeasure:
         size = sum(layer.size for layer in layers)
         each = jax.lax.map(lambda x: one(*x), (piece, keys), batch_size=max(1, min(n, FLOATS // size)))
         return empty | {name: {"D2": jnp.sum(squares, axis=0)} for name, squares in each.items()}
-
-
-def _float_weights(piece: Any) -> list[jax.Array]:
-    """The entries of a batch that weight its examples other than by a mask."""
-    entries = [jnp.asarray(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-    return [entry for entry in entries if entry.dtype != jnp.bool_]
 
 
 def _normalises_over_examples(objective: Objective, params: PyTree) -> bool:

@@ -24,11 +24,13 @@ def evaluate(
     """
     params = state.params if state.ema is None else state.ema
     total: Metrics | None = None
-    for batch in eval_batches(data, plan.eval_batch_size):
+    for batch, real in eval_batches(data, plan.eval_batch_size, check=plan.check_batch):
         if interrupted():
             return None
-        put = plan.batches.put(batch, whole=True)
-        seen = plan.programs.evaluate(params, state.frozen, state.model_state, put)
+        rows = int(real.sum())
+        put = plan.batches.put({"batch": batch, "real": real}, whole=True)
+        cut = rows if rows < len(real) and plan.metrics_count_rows else None
+        seen = plan.programs.evaluate(params, state.frozen, state.model_state, put["batch"], put["real"], rows=cut)
         total = merge(total, jax.device_get(seen))
     if total is None:
         raise ValueError("evaluate(data) has no examples.")
