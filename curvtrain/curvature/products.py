@@ -143,6 +143,11 @@ def fvp(
         z, Jv, pull = _linearised_outputs(objective, params, vector, piece, key)
         targets = loss.sample_targets(z, piece, jax.random.fold_in(key, 1)) if fisher == "sampled" else piece
         w = loss.weights(z, piece)
+        if any(leaf.shape[: w.ndim] != w.shape for leaf in floats(z)):
+            raise TypeError(
+                f"fvp(fisher={fisher!r}) needs outputs that begin with the shape {w.shape} of the loss's values, not "
+                f"{[leaf.shape for leaf in floats(z)]}: which of them belong to an example is not known. Use ggnvp."
+            )
         values = lambda leaves: jnp.sum(loss.values(unmasked(with_floats(z, leaves), w), targets))
         r = jax.grad(values)(floats(z))  # r_i = dl/dz_i, so g_i = J_i^T r_i
         inner = lambda r, Jv: jnp.sum((r * Jv).astype(jnp.float32), axis=tuple(range(w.ndim, r.ndim)))

@@ -76,11 +76,9 @@ class SoftmaxCrossEntropy(Loss):
         labels = labels.astype(jnp.int32)
         known = (labels >= 0) & (labels < classes)
         value = -jnp.take_along_axis(log_p, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
-        value = value * jnp.where(known, 1.0, jnp.nan)  # a product, so that derivatives are NaN, too
-        if self.ignore_index is None:
-            return value
         # A class that is ignored keeps its value, which targets drawn from the model need; its weight is zero.
-        return jnp.where((labels == self.ignore_index) & ~known, 0.0, value)
+        unknown = jnp.nan if self.ignore_index is None else jnp.where(labels == self.ignore_index, 0.0, jnp.nan)
+        return value * jnp.where(known, 1.0, unknown)  # a product, so that derivatives are NaN, too
 
     def hessian_columns(self, outputs):
         p = jax.nn.softmax(one_array(self, outputs).astype(jnp.float32))

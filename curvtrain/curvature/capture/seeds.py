@@ -94,8 +94,8 @@ def seeds_of(loss: Loss, outputs: PyTree, piece: Any, key: jax.Array | None, fis
         if fisher == "sampled":
             piece = _drawn(loss, clean, piece, key, who)
 
-        def total(z):  # where, not a product: a masked example may hold anything, and 0 * inf is not 0
-            values = loss.values(with_floats(clean, z), piece)
+        def total(z):  # where, not a product, and twice: targets of masked examples may be anything, 0 * nan is nan
+            values = loss.values(unmasked(with_floats(clean, z), w), piece)
             return jnp.sum(jnp.where(w != 0, jnp.sqrt(w) * values, 0.0))
 
         seeds = Seeds([r[None] for r in jax.grad(total)(floats(clean))])

@@ -44,7 +44,11 @@ def check_arrays(argument: str, arrays: Mapping[str, Any]) -> Batch:
     checked = map_arrays(np.asarray, arrays)
     lengths = {name: len(array) for name, array in by_name(checked).items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"The arrays of {argument} should have one length, the number of examples, not {lengths}.")
+        raise ValueError(
+            f"The arrays of {argument} should have one length, the number of examples, not {lengths}. Groups of "
+            f"unequal length, such as interior and boundary points, can be rows of the same arrays, with an entry that "
+            f"says which group a row belongs to."
+        )
     if not lengths or 0 in lengths.values():
         raise ValueError(f"{argument} has no examples.")
     return checked
