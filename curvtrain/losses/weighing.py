@@ -54,8 +54,9 @@ def weighing_entries(loss: str, batch: Any, names: tuple[str, ...] | None, targe
       KeyError: one of the names is not in the batch.
     """
     if names is None:
-        has = lambda name: isinstance(batch, Mapping) and name in batch and name not in targets
-        return {name: batch[name] for name in RESERVED if has(name)}
+        given = batch if isinstance(batch, Mapping) else {}
+        could = lambda name: name in given and name not in targets and not isinstance(given[name], Mapping)
+        return {name: given[name] for name in RESERVED if could(name)}
     return {name: entry_of(batch, name, f"{loss}(weighted_by)") for name in names}
 
 

@@ -68,6 +68,13 @@ def test_a_loss_of_ones_own_says_it_in_its_class():
     np.testing.assert_array_equal(Own().weights(jnp.zeros((N, 1)), batch), 2.0 * (np.arange(N) > 1))
 
 
+def test_batches_that_carry_no_weights():
+    for batch in ({"mask": {"left": np.zeros(N)}, "y": np.ones((N, 2))}, {"y": np.ones((N, 2))}):
+        np.testing.assert_array_equal(losses.SquaredError("y").weights(jnp.zeros((N, 2)), batch), np.ones(N))
+    first = losses.PerExample(lambda z, batch: z[:, 0] - batch[1])
+    np.testing.assert_array_equal(first.weights(jnp.zeros((N, 2)), (X, np.ones(N, np.float32))), np.ones(N))
+
+
 def test_errors_of_weighted_by():
     with pytest.raises(TypeError, match=r"SoftmaxCrossEntropy\(weighted_by\) should name entries .* it is 3"):
         losses.SoftmaxCrossEntropy(weighted_by=3)
