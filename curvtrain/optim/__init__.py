@@ -1,5 +1,7 @@
 """Optax transformations that consume a curvature."""
 
+from curvtrain.optim.fadam import fadam as fadam
+from curvtrain.optim.fadam import scale_by_fadam as scale_by_fadam
 from curvtrain.optim.fosi import fosi as fosi
 from curvtrain.optim.fosi_dropin import fosi_adam as fosi_adam
 from curvtrain.optim.fosi_dropin import fosi_momentum as fosi_momentum
@@ -15,6 +17,8 @@ from curvtrain.optim.psgd_dropin import kron as kron
 from curvtrain.optim.psgd_dropin import low_rank_approximation as low_rank_approximation
 from curvtrain.optim.psgd_dropin import precond_update_prob_schedule as precond_update_prob_schedule
 from curvtrain.optim.psgd_dropin import xmat as xmat
+from curvtrain.optim.root_free import rf_adamw as rf_adamw
+from curvtrain.optim.root_free import rf_rmsprop as rf_rmsprop
 from curvtrain.optim.route import route as route
 from curvtrain.optim.scale_by_curvature import scale_by_curvature as scale_by_curvature
 from curvtrain.optim.self_contained import self_contained as self_contained

@@ -103,7 +103,10 @@ def test_small_sizes_share_a_program():
         assert (
             np.array_equal(found[size][1], old[size][1]) if size in kept else error(found[size][1], x[1], 0.1) <= 1e-5
         )
-    assert stacks._groups({size: int(size) for size in (*X, "300", "290")}) == {(96, 32): [*X], (320, 32): ["300", "290"]}
+    assert stacks._groups({size: int(size) for size in (*X, "300", "290")}) == {
+        (96, 32): [*X],
+        (320, 32): ["300", "290"],
+    }
 
 
 def test_eigenvectors_of_each_matrix():
