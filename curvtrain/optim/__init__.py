@@ -1,5 +1,7 @@
 """Optax transformations that consume a curvature."""
 
+from curvtrain.optim.ema_nesterov import ema_nesterov as ema_nesterov
+from curvtrain.optim.ema_nesterov import ema_nesterov_params as ema_nesterov_params
 from curvtrain.optim.fadam import fadam as fadam
 from curvtrain.optim.fadam import scale_by_fadam as scale_by_fadam
 from curvtrain.optim.fosi import fosi as fosi
@@ -8,8 +10,14 @@ from curvtrain.optim.fosi_dropin import fosi_momentum as fosi_momentum
 from curvtrain.optim.fosi_dropin import fosi_nesterov as fosi_nesterov
 from curvtrain.optim.fosi_dropin import fosi_sgd as fosi_sgd
 from curvtrain.optim.hessian_helper import hessian_helper as hessian_helper
+from curvtrain.optim.hyperball import hyperball as hyperball
 from curvtrain.optim.kfac import kfac as kfac
+from curvtrain.optim.links import add_cautious_decay as add_cautious_decay
+from curvtrain.optim.links import scale_by_norm as scale_by_norm
+from curvtrain.optim.muon import muon as muon
 from curvtrain.optim.natural_gradient import natural_gradient as natural_gradient
+from curvtrain.optim.normuon import normuon as normuon
+from curvtrain.optim.orthogonalize import orthogonalize as orthogonalize
 from curvtrain.optim.psgd import psgd as psgd
 from curvtrain.optim.psgd import scale_by_psgd as scale_by_psgd
 from curvtrain.optim.psgd_dropin import affine as affine
