@@ -34,6 +34,24 @@ def gradient(theta: Arrays, step: int) -> Arrays:
     return {"A": x.T @ d, "a": d.sum(0), "B": h.T @ e, "b": e.sum(0)}
 
 
+def outputs(theta: Arrays, x: np.ndarray) -> np.ndarray:
+    return np.tanh(x @ theta["A"] + theta["a"]) @ theta["B"] + theta["b"]
+
+
+def loss(theta: Arrays, step: int) -> float:
+    """Whose `gradient` is above."""
+    x, y = batch_at(step)
+    return float(np.mean(0.5 * np.sum((outputs(theta, x) - y) ** 2, axis=1)))
+
+
+def gauss_newton(theta: Arrays, d: Arrays, step: int) -> float:
+    """d^T G d of that loss: the mean of |J d|^2."""
+    x, _ = batch_at(step)
+    h = np.tanh(x @ theta["A"] + theta["a"])
+    Jd = ((1 - h**2) * (x @ d["A"] + d["a"])) @ theta["B"] + h @ d["B"] + d["b"]
+    return float(np.mean(np.sum(Jd**2, axis=1)))
+
+
 def replay(
     tx: optax.GradientTransformation, reference: Callable[[Arrays, Callable[[Arrays, int], Arrays], int], Arrays]
 ) -> float:
