@@ -96,9 +96,9 @@ def adamqlr(
         decay is kappa theta, and nothing is rejected.
 
     Returns:
-      A transformation whose `update` needs the parameters, `objective=` and `batch=` (and `key=`, and `value=` to save a
-      forward pass). It costs a forward-mode product, or a Hessian-vector product, and a forward pass. No rate is to be
-      chained after it.
+      A transformation whose `update` needs the parameters, `objective=` and `batch=` (and `key=`, and `value=` to save
+      a forward pass). It costs a forward-mode product, or a Hessian-vector product, and a forward pass. No rate is to
+      be chained after it.
     """
     base = optax.scale_by_adam() if base is None else base
     step = _AdamQlr(
@@ -226,8 +226,8 @@ def _require_objective(objective: Any, batch: Any, curvature: str) -> None:
     if not isinstance(objective, Objective) or batch is None:
         missing = "batch" if isinstance(objective, Objective) else "objective"
         raise TypeError(
-            f"adamqlr looks at the loss and its curvature, so update() needs {missing}=. A Trainer passes it; in a loop "
-            f"of your own call update(..., objective=objective, batch=batch)."
+            f"adamqlr looks at the loss and its curvature, so update() needs {missing}=. A Trainer passes it; in a "
+            f"loop of your own call update(..., objective=objective, batch=batch)."
         )
     if curvature == "ggn":
         objective.require_outputs("adamqlr(curvature='ggn')", "adamqlr(curvature='hessian')")

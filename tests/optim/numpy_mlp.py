@@ -55,20 +55,21 @@ def gauss_newton(theta: Arrays, d: Arrays, step: int) -> float:
 def replay(
     tx: optax.GradientTransformation, reference: Callable[[Arrays, Callable[[Arrays, int], Arrays], int], Arrays]
 ) -> float:
-    """The largest relative distance of a parameter from a reference's after 20 steps.
+    """The largest relative distance of a parameter from a reference's after 20 steps in float64.
 
     Args:
       reference: (parameters, gradient, steps) -> parameters, in float64.
     """
     steps, theta = 20, begin()
     right = reference({name: a.copy() for name, a in theta.items()}, gradient, steps)
-    params = jax.tree.map(jnp.float32, theta)
-    extended, batch = optax.with_extra_args_support(tx), {"x": jnp.zeros((EXAMPLES, 3))}
-    state = extended.init(params)
-    update = jax.jit(lambda g, s, p: extended.update(g, s, p, batch=batch))
-    for step in range(steps):
-        at = {name: np.asarray(a, np.float64) for name, a in params.items()}
-        updates, state = update(jax.tree.map(jnp.float32, gradient(at, step)), state, params)
-        params = optax.apply_updates(params, updates)
-    moved = {name: np.abs(np.asarray(params[name], np.float64) - right[name]).max() for name in right}
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, theta)
+        extended, batch = optax.with_extra_args_support(tx), {"x": jnp.zeros((EXAMPLES, 3))}
+        state = extended.init(params)
+        update = jax.jit(lambda g, s, p: extended.update(g, s, p, batch=batch))
+        for step in range(steps):
+            at = {name: np.asarray(a) for name, a in params.items()}
+            updates, state = update(jax.tree.map(jnp.asarray, gradient(at, step)), state, params)
+            params = optax.apply_updates(params, updates)
+    moved = {name: np.abs(np.asarray(params[name]) - right[name]).max() for name in right}
     return max(moved[name] / np.abs(right[name]).max() for name in right)

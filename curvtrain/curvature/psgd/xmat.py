@@ -89,7 +89,7 @@ class XMat(Preconditioner):
         return {name: self._tree(structure, leaves) for name, leaves in found.items()}, failures
 
     def _step(self, old: dict[str, jax.Array], v, h, exact, floor, lead: int, rate) -> dict[str, jax.Array]:
-        """One array: a, b (*lead, ...), L (*lead), v and h (k, *lead, ...); `exact` is h without noise of that floor."""
+        """One array: a, b (*lead, ...), L (*lead), v, h (k, *lead, ...); `exact` is h without noise of that floor."""
         a, b = old["a"], old["b"]
         axes = tuple(range(lead, a.ndim))
         flip = lambda x: jnp.flip(x, axis=tuple(range(x.ndim - len(axes), x.ndim)))
