@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvtrain._dtypes import width
 from curvtrain._outputs import floats, with_floats
 from curvtrain.losses.masking import unmasked
 from curvtrain.losses.weighing import (
@@ -87,7 +88,7 @@ class Loss(abc.ABC):
 
     @abc.abstractmethod
     def values(self, outputs: Any, batch: Batch) -> jax.Array:
-        """The loss of each example, unweighted: float32, shape (batch,) or (batch, time)."""
+        """The loss of each example, unweighted: (batch,) or (batch, time), float64 if the outputs are, or float32."""
 
     def weights(self, outputs: Any, batch: Batch) -> jax.Array:
         """The weight of each example, in the shape of `values`.
@@ -108,7 +109,7 @@ class Loss(abc.ABC):
                     f"The batch has an entry {name!r}, and {self._function} reads it. If it weights the examples as "
                     f"well, say weighted_by={name!r}; if it is a target, weighted_by=()."
                 )
-        product, ones = self.known_weights(batch).product, jnp.ones(shape, jnp.float32)
+        product, ones = self.known_weights(batch).product, jnp.ones(shape, width(values))
         if product is None:
             return ones
         if product.shape != shape[: product.ndim]:
@@ -116,7 +117,7 @@ class Loss(abc.ABC):
                 f"{self._name} has weights of shape {product.shape} and values of shape {shape}: what weights "
                 f"positions, such as ignore_index, needs one value for each of them."
             )
-        return ones * spread(product, shape)
+        return ones * spread(product.astype(ones.dtype), shape)
 
     def known_weights(self, batch: Batch) -> KnownWeights:
         """The weights that can be read off the batch before there are outputs."""

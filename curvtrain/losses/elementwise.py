@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvtrain._dtypes import wide, width
 from curvtrain.losses.base import Batch, Loss, one_array
+from curvtrain.losses.masking import one_or_nan
 from curvtrain.losses.weighing import checked_names, entry_of, is_mask, valid_values
 
 
@@ -54,7 +56,7 @@ class Elementwise(Loss):
 
     def _sum(self, element: Any, outputs: jax.Array, batch: Batch) -> jax.Array:
         """The sum of element(z, t) over the outputs of each example."""
-        z, t = one_array(self, outputs).astype(jnp.float32), self._targets(outputs, batch)
+        z, t = wide(one_array(self, outputs)), self._targets(outputs, batch)
         if z.ndim < self._kept:
             raise ValueError(f"sequence=True needs outputs (batch, time, ...), not shape {z.shape}.")
         mask = self._output_mask(outputs, batch)
@@ -92,16 +94,16 @@ class Elementwise(Loss):
         targets = jnp.asarray(entry_of(batch, key, option))
         if targets.shape != outputs.shape:
             raise ValueError(f"{option}={key!r} has shape {targets.shape}, but the outputs have {outputs.shape}.")
-        return targets.astype(jnp.float32)
+        return targets.astype(width(outputs))
 
     def _output_mask(self, outputs, batch):
-        """The product of the masks of single outputs, float32 in their shape; None if there are none."""
+        """The product of the masks of single outputs, in their shape and width; None if there are none."""
         masks = [
             valid_values(name, entry)
             for name, entry in self._entries(batch).items()
             if self._masks_outputs(name, entry, outputs)
         ]
-        return None if not masks else jnp.prod(jnp.stack(masks), axis=0)
+        return None if not masks else jnp.prod(jnp.stack(masks), axis=0).astype(width(outputs))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +137,11 @@ class SquaredError(Elementwise):
         return self._sum(lambda z, t: 0.5 * jnp.square(z - t), outputs, batch)
 
     def hessian_columns(self, outputs):
-        return self._columns(jnp.ones(one_array(self, outputs).shape, jnp.float32))
+        return self._columns(jnp.ones(one_array(self, outputs).shape, width(outputs)))
 
     def sample_targets(self, outputs, batch, key):
-        mean = one_array(self, outputs).astype(jnp.float32)
-        return {**batch, self.targets: mean + jax.random.normal(key, mean.shape)}
+        mean = wide(one_array(self, outputs))
+        return {**batch, self.targets: mean + jax.random.normal(key, mean.shape, mean.dtype)}
 
     def check(self, batch, outputs):
         self._check_targets(batch, outputs)
@@ -175,18 +177,17 @@ class SigmoidCrossEntropy(Elementwise):
 
     def values(self, outputs, batch):
         def element(z, t):
-            outside = (t < 0) | (t > 1)
-            return (jax.nn.softplus(z) - t * z) * jnp.where(outside, jnp.nan, 1.0)
+            return (jax.nn.softplus(z) - t * z) * one_or_nan((t >= 0) & (t <= 1), z.dtype)
 
         return self._sum(element, outputs, batch)
 
     def hessian_columns(self, outputs):
-        p = jax.nn.sigmoid(one_array(self, outputs).astype(jnp.float32))
+        p = jax.nn.sigmoid(wide(one_array(self, outputs)))
         return self._columns(jnp.sqrt(p * (1 - p)))
 
     def sample_targets(self, outputs, batch, key):
-        p = jax.nn.sigmoid(one_array(self, outputs).astype(jnp.float32))
-        return {**batch, self.labels: jax.random.bernoulli(key, p).astype(jnp.float32)}
+        p = jax.nn.sigmoid(wide(one_array(self, outputs)))
+        return {**batch, self.labels: jax.random.bernoulli(key, p).astype(p.dtype)}
 
     def check(self, batch, outputs):
         within = lambda t: not t.size or (t.min() >= 0 and t.max() <= 1)

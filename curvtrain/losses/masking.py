@@ -6,6 +6,11 @@ import jax
 import jax.numpy as jnp
 
 
+def one_or_nan(right: jax.Array, dtype: Any) -> jax.Array:
+    """One where `right` is true, else NaN: a factor that shows in values and in all of their derivatives."""
+    return jnp.where(right, 1.0, jnp.nan).astype(dtype)
+
+
 def weight_like(weights: jax.Array, outputs: jax.Array) -> jax.Array:
     """Per-example weights, shaped to multiply outputs whose leading axes are the examples."""
     return weights.reshape(weights.shape + (1,) * (outputs.ndim - weights.ndim))

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvtrain._dtypes import wide
 from curvtrain.losses.base import Batch, Loss
 from curvtrain.losses.weighing import checked_names
 
@@ -39,4 +40,4 @@ class PerExample(Loss):
     def values(self, outputs, batch):
         values = self.function(outputs, batch)
         self._one_per_example(values, outputs)
-        return jnp.asarray(values).astype(jnp.float32)
+        return wide(jnp.asarray(values))

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvtrain._dtypes import wide
 from curvtrain.losses.base import Loss, one_array
+from curvtrain.losses.masking import one_or_nan
 from curvtrain.losses.weighing import KnownWeights, checked_names, entry_of, times
 
 _ROUNDING = 1e-2  # how far probabilities may be from adding up to one: bfloat16 has eight bits
@@ -58,14 +60,14 @@ class SoftmaxCrossEntropy(Loss):
         return KnownWeights(times(known.mask, kept), known.scale)
 
     def values(self, outputs, batch):
-        z = one_array(self, outputs).astype(jnp.float32)
+        z = wide(one_array(self, outputs))
         labels, classes = self._labels(batch), z.shape[-1]
         log_p = jax.nn.log_softmax(z)
         if _are_probabilities(labels, z):
-            t = labels.astype(jnp.float32)
+            t = labels.astype(z.dtype)
             right = jnp.all(t >= 0, axis=-1) & (jnp.abs(jnp.sum(t, axis=-1) - 1) < _ROUNDING)
             # where, not a product: a class that the model rules out has log p = -inf
-            return -jnp.sum(jnp.where(t != 0, t * log_p, 0.0), axis=-1) * jnp.where(right, 1.0, jnp.nan)
+            return -jnp.sum(jnp.where(t != 0, t * log_p, 0.0), axis=-1) * one_or_nan(right, z.dtype)
         if labels.shape != z.shape[:-1]:
             raise ValueError(
                 f"{self._name}(labels={self.labels!r}) needs labels of shape {z.shape[:-1]} for outputs of shape "
@@ -77,18 +79,20 @@ class SoftmaxCrossEntropy(Loss):
         known = (labels >= 0) & (labels < classes)
         value = -jnp.take_along_axis(log_p, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
         # A class that is ignored keeps its value, which targets drawn from the model need; its weight is zero.
-        unknown = jnp.nan if self.ignore_index is None else jnp.where(labels == self.ignore_index, 0.0, jnp.nan)
-        return value * jnp.where(known, 1.0, unknown)  # a product, so that derivatives are NaN, too
+        if self.ignore_index is None:
+            return value * one_or_nan(known, z.dtype)
+        ignored = labels == self.ignore_index
+        return jnp.where(ignored & ~known, 0.0, value) * one_or_nan(known | ignored, z.dtype)
 
     def hessian_columns(self, outputs):
-        p = jax.nn.softmax(one_array(self, outputs).astype(jnp.float32))
+        p = jax.nn.softmax(wide(one_array(self, outputs)))
         # S_c = sqrt(p_c) (e_c - p): sum_c p_c (e_c - p)(e_c - p)^T = diag(p) - p p^T
         unit = jnp.expand_dims(jnp.eye(outputs.shape[-1], dtype=p.dtype), tuple(range(1, outputs.ndim)))
         root = jnp.moveaxis(jnp.sqrt(p), -1, 0)[..., None]
         return root * (unit - p[None])
 
     def sample_targets(self, outputs, batch, key):
-        drawn = jax.random.categorical(key, one_array(self, outputs).astype(jnp.float32)).astype(jnp.int32)
+        drawn = jax.random.categorical(key, wide(one_array(self, outputs))).astype(jnp.int32)
         if self.ignore_index is not None and self._labels(batch).shape == drawn.shape:
             ignored = self._labels(batch).astype(jnp.int32) == self.ignore_index
             drawn = jnp.where(ignored, self.ignore_index, drawn)

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvtrain._dtypes import width
+from curvtrain.losses.masking import one_or_nan
+
 RESERVED = ("mask", "weights")  # the entries of a batch that weight its examples by default
 
 
@@ -16,8 +19,8 @@ class KnownWeights:
     """The weights of examples as far as the batch alone gives them, in the shapes of its entries.
 
     Attributes:
-      mask: float32 zeros and ones, (batch,) or (batch, time, ...); None where no example is masked.
-      scale: any other weights, float32, zero or more; None where there are none.
+      mask: zeros and ones, (batch,) or (batch, time, ...); None where no example is masked.
+      scale: any other weights, zero or more; None where there are none.
     """
 
     mask: jax.Array | None = None
@@ -101,14 +104,18 @@ def check_values(name: str, entry: np.ndarray, otherwise: str = "pass the loss w
 
 
 def valid_values(name: str, entry: Any, otherwise: str = "pass the loss weighted_by=()") -> jax.Array:
-    """An entry as float32 weights: NaN where they are wrong, and an error, as in `check_values`, if they are known."""
+    """An entry as weights: NaN where they are wrong, and an error, as in `check_values`, if they are known.
+
+    They are float64 if the entry is, else float32.
+    """
+    dtype = width(entry)
     if entry.dtype == np.bool_:
-        return jnp.asarray(entry, jnp.float32)
+        return jnp.asarray(entry, dtype)
     if isinstance(entry, jax.core.Tracer) or (isinstance(entry, jax.Array) and not entry.is_fully_addressable):
         right = (entry == 0) | (entry == 1) if name == "mask" else jnp.isfinite(entry) & (entry >= 0)
-        return jnp.where(right, entry.astype(jnp.float32), jnp.nan)
+        return entry.astype(dtype) * one_or_nan(right, dtype)
     check_values(name, np.asarray(entry), otherwise)
-    return jnp.asarray(entry, jnp.float32)
+    return jnp.asarray(entry, dtype)
 
 
 def spread(entry: Any, shape: tuple[int, ...]) -> Any:
@@ -153,7 +160,7 @@ def loss_only_weights(piece: Any, examples: int) -> jax.Array:
       examples: how many there are.
 
     Returns:
-      float32 (examples,), or (examples, time) for an entry of that shape.
+      (examples,), or (examples, time) for an entry of that shape, float64 if an entry is, else float32.
 
     Raises:
       ValueError: an entry that has another shape, or that does not hold weights.

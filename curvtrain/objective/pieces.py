@@ -23,6 +23,10 @@ class Measure(Protocol):
         """Returns (the slots for a piece, a function of a module and slots that puts the slots into the module)."""
         ...
 
+    def rides(self, outputs: Any, piece: Any) -> bool:
+        """Says whether `sums` reads `own`: then the loss's backward pass is seeded for the total, not for the mean."""
+        ...
+
     def sums(
         self, pull: Callable[[list[jax.Array]], PyTree], own: PyTree, outputs: Any, piece: Any, key: jax.Array | None
     ) -> PyTree:
@@ -76,7 +80,8 @@ def safe(weight: jax.Array) -> jax.Array:
 
     No mean has a total weight below zero, or one that is not finite: the denominator is then NaN.
     """
-    return jnp.where((weight > 0) & jnp.isfinite(weight), weight, jnp.where(weight == 0, 1.0, jnp.nan))
+    otherwise = jnp.where(weight == 0, 1.0, jnp.nan).astype(weight.dtype)
+    return jnp.where((weight > 0) & jnp.isfinite(weight), weight, otherwise)
 
 
 def batch_size(batch: Any) -> int:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
+from curvtrain._dtypes import wide
 from curvtrain.losses import weight_like
 from curvtrain.objective import safe
 
@@ -21,7 +22,7 @@ class Mean(clu_metrics.Average):
     @classmethod
     def of(cls, values: jax.Array, weights: jax.Array) -> "Mean":
         """The mean of values with weights of their shape; a value of weight zero may be anything."""
-        total = jnp.sum(jnp.where(weights != 0, weights * values.astype(jnp.float32), 0.0))
+        total = jnp.sum(jnp.where(weights != 0, weights * wide(values), 0.0))
         return cls(total=total, count=jnp.sum(weights))
 
     def compute(self) -> jax.Array:
