@@ -16,10 +16,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import machine
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "trainer")]  # run from a checkout without installing it
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "trainer"))
-
+from benchmarks.machine import write
 from lives import Life, assert_same_run, finish, saved, unfinished
 
 RUNS = {"fosi": "lanczos", "kfac": "kfac", "psgd": "psgd"}
@@ -39,7 +39,7 @@ def main():
             results[name] = killed(Path(folder) / name, name, options)
             print(f"{name}: {results[name]}", flush=True)
     if options.output is not None:
-        machine.write(options.output, results)
+        write(options.output, results)
 
 
 def killed(folder: Path, name: str, options: argparse.Namespace) -> dict[str, float]:

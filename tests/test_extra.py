@@ -1,5 +1,7 @@
 """Extra arguments reach those transformations that take them, whoever wrote them and whatever they are wrapped in."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,8 +101,10 @@ def test_a_link_that_needs_what_another_refuses_says_what_to_do():
 
 
 def test_errors_of_the_transformation_are_its_own():
+    inner: Any = lambda x: x
+
     def broken(updates, state, params=None, **extra):
-        return dict(bogus=1, **dict(update=lambda x: x)["update"](nothing=2))
+        return dict(nothing=2) | inner(nothing=2)
 
     with pytest.raises(TypeError, match="nothing"):
         accepting(Recorded(broken)).update(GRADS, None, PARAMS, **EXTRA)

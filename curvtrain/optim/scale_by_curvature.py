@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.request import Request
 from curvtrain.optim.base import require_curvature, transformation, vectors_for
@@ -32,7 +33,7 @@ class ScaleByCurvatureState(NamedTuple):
 
     @property
     def damping(self) -> jax.Array:
-        """float32 (), what the next update will use."""
+        """(), what the next update will use."""
         assert self.request.damping is not None
         return self.request.damping
 
@@ -55,7 +56,7 @@ def scale_by_curvature(
     power = exponent if isinstance(exponent, jax.Array) else float(exponent)
 
     def init(params):
-        first = value_at(damping, jnp.int32(0))
+        first = value_at(damping, jnp.int32(0), params)
         request = Request.of("scale_by_curvature", Curvature, params, first, constant=is_constant(damping))
         return ScaleByCurvatureState(jnp.int32(0), request)
 
@@ -65,8 +66,8 @@ def scale_by_curvature(
         to, back = vectors_for("scale_by_curvature", C, updates)
         asked = damping_now(damping, state.count, state.damping)
         scaled = back(C.power(to(updates), asked, power))
-        scaled = jax.tree.map(lambda s, g: s.astype(g.dtype), scaled, updates)
-        request = state.request.with_damping(value_at(damping, state.count + 1))
+        scaled = trees.cast(scaled, updates)
+        request = state.request.with_damping(value_at(damping, state.count + 1, state.damping))
         return scaled, ScaleByCurvatureState(state.count + 1, request)
 
     return transformation(init, update)
@@ -89,10 +90,10 @@ def damping_now(option: optax.ScalarOrSchedule, count: jax.Array, asked: jax.Arr
     They differ where a run was resumed with another option. Where they do not, but for rounding, the value is `asked`
     to the last bit, as the curvature may hold inverses for just that.
     """
-    now = value_at(option, count) + l2
+    now = (value_at(option, count, asked) + l2).astype(asked.dtype)
     return jnp.where(jnp.abs(now - asked) <= 1e-6 * jnp.abs(now), asked, now)
 
 
-def value_at(schedule: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """A number or schedule at a step, float32."""
-    return jnp.float32(schedule(count) if callable(schedule) else schedule)
+def value_at(schedule: optax.ScalarOrSchedule, count: jax.Array, like: PyTree) -> jax.Array:
+    """A number or schedule at a step, in the dtype that `width` chooses for a tree, such as the parameters."""
+    return jnp.asarray(schedule(count) if callable(schedule) else schedule, trees.width(like))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import FEATURES, Noisy, assert_trees_close, examples, trainer
+from tiny import FEATURES, Classifier, Noisy, assert_trees_close, examples, trainer
 
 from curvtrain import losses
 from curvtrain.trainer import Call
@@ -153,7 +153,7 @@ class Noise(nnx.Module):
         return self.scale * jax.random.normal(self.rngs.noise(), x.shape)
 
 
-class Drawn(type(trainer())):
+class Drawn(Classifier):
     loss = losses.SquaredError(targets="x")
 
     def metrics(self, outputs, batch):

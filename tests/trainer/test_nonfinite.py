@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import Counting, Noisy, assert_trees_close, assert_trees_equal, examples, losses_of, trainer
+from tiny import Classifier, Counting, Noisy, assert_trees_close, assert_trees_equal, examples, losses_of, trainer
 
 from curvtrain import CurvatureSchedule, losses
 from curvtrain.trainer import Diverged, read_jsonl
@@ -81,7 +81,7 @@ class Root(losses.Loss):
 def test_a_gradient_or_a_step_that_is_not_finite_is_skipped_too():
     cut = [{"x": np.ones((BATCH, 6), np.float32), "scale": np.full(BATCH, i != 1, np.float32)} for i in range(3)]
 
-    class Rooted(type(trainer())):
+    class Rooted(Classifier):
         loss = Root()
 
     options = dict(nonfinite="skip", log_every=1, steps=3, kind=Rooted)

@@ -21,7 +21,6 @@ from curvtrain.curvature.capture.layers.gradients import FLOATS
 from curvtrain.curvature.capture.seeds import seeds_of
 from curvtrain.curvature.capture.statistics import Statistic
 from curvtrain.curvature.capture.taps import Arrays, Tap, attach
-from curvtrain.losses import RESERVED, Loss, example_weights
 from curvtrain.objective import Objective, batch_size
 
 PyTree = Any
@@ -97,7 +96,8 @@ class LayerMeasure:
         taps: dict[Any, tuple[Tap, ...]] = {}
         for layer in self.coverage.known:
             shapes = self.statistic.shapes(layer)
-            zeros[layer.name] = {name: jnp.zeros((*layer.scan_axes, *shape)) for name, shape in shapes.items()}
+            make = lambda shape, layer=layer: jnp.zeros((*layer.scan_axes, *shape), self.coverage.dtype)
+            zeros[layer.name] = {name: make(shape) for name, shape in shapes.items()}
             wide = {name: jnp.broadcast_to(w, (*layer.scan_axes, *w.shape)) for name, w in extra.items()}
             fixed[layer.name] = {**self.given.get(layer.name, {}), **wide}
             tap = Tap(layer, examples[layer.name], self.statistic, tuple(shapes), tuple(fixed[layer.name]))
@@ -111,7 +111,7 @@ class LayerMeasure:
         """The statistics of a piece: those of the loss's own backward pass, or of others."""
         loss = self.objective.loss_of_outputs
         sums = own
-        if not self._rides(piece):
+        if not self.rides(outputs, piece):
             seeds = seeds_of(loss, outputs, piece, key, self.fisher, self.who)
             sums = seeds.total(pull)
             for layer in self.coverage.known:  # what depends on inputs alone was counted once for every backward pass
@@ -120,38 +120,50 @@ class LayerMeasure:
                 sums = {**sums, layer.name: {**mine, **inputs}}
         return {**sums, **self._plain_sums(piece, key)}
 
-    def _rides(self, piece: Any) -> bool:
-        """Whether the loss's own backward pass gives the statistics: see the module's docstring."""
+    def rides(self, outputs: Any, piece: Any) -> bool:
+        """Whether the loss's own backward pass gives the statistics: see the module's docstring.
+
+        Not in float16, where that pass has to be the mean's: a sum's overflows.
+        """
+        halves = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves((self.params, outputs)))
+        return not halves and self._may_ride(piece)
+
+    def _may_ride(self, piece: Any) -> bool:
         if self.fisher != "empirical":
             return False
-        if type(self.objective.loss_of_outputs).weights is not Loss.weights:
+        loss = self.objective.loss_of_outputs
+        if not loss.weights_are_known:
             return False  # weights of the loss's own making are known only after the forward pass
-        examples = batch_size(piece)
-        simple = all(w.ndim == 1 for w in _float_weights(piece)) and not self.couples
+        examples, scale = batch_size(piece), loss.known_weights(piece).scale
         each = set(self.examples(examples).values()) <= {examples}
-        return not _float_weights(piece) or (simple and each)
+        return scale is None or (scale.ndim == 1 and not self.couples and each)
 
     def _arrays_of_weights(self, piece: Any) -> dict[str, jax.Array]:
         """`weights` for rows, and `correction` for cotangents, see `Backward`; where the batch has such entries."""
-        entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-        if not entries:
+        known = self.objective.loss_of_outputs.known_weights(piece)
+        if known.product is None:
             return {}
-        arrays = {"weights": example_weights(piece, max(entries, key=len))}
-        wide = _float_weights(piece)
-        if wide and self._rides(piece):
-            w = jnp.prod(jnp.stack([w.astype(jnp.float32) for w in wide]), axis=0)
+        dtype = self.coverage.dtype
+        arrays = {"weights": known.product.astype(dtype)}
+        if known.scale is not None and self._may_ride(piece):
+            w = known.scale.astype(dtype)
             arrays["correction"] = jnp.where(w > 0, jax.lax.rsqrt(jnp.where(w > 0, w, 1.0)), 0.0)
         return arrays
 
     def _plain_sums(self, piece: Any, key: jax.Array | None) -> Sums:
         """Exact sums of squares for plain parameters, from each example's gradient of these parameters alone."""
         layers = [layer for layer in self.coverage.plain if layer.size]
-        empty = {layer.name: {"D2": jnp.zeros((1, 1, 0))} for layer in self.coverage.plain if not layer.size}
+        empty = {
+            layer.name: {"D2": jnp.zeros((1, 1, 0), self.coverage.dtype)}
+            for layer in self.coverage.plain
+            if not layer.size
+        }
         if not layers:
             return empty
         objective = self.objective
-        # read exactly, then differentiated in float32: a derivative with respect to bfloat16 would be rounded
-        chosen = {layer.name: layer.matrix(at(self.params, layer.path)).astype(jnp.float32) for layer in layers}
+        # read exactly, then differentiated in the curvature's dtype: a derivative in bfloat16 would be rounded
+        of = lambda layer: layer.matrix(at(self.params, layer.path)).astype(self.coverage.dtype)
+        chosen = {layer.name: of(layer) for layer in layers}
 
         def with_chosen(chosen):
             copy = jax.tree.map(lambda a: a, self.params)
@@ -168,7 +180,7 @@ class LayerMeasure:
 
             _, vjp, outputs = jax.vjp(outputs_of, chosen, has_aux=True)
             seeds = seeds_of(objective.loss_of_outputs, outputs, example, k, self.fisher, self.who)
-            square = lambda s: jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), vjp(s)[0])
+            square = lambda s: jax.tree.map(lambda g: jnp.square(g), vjp(s)[0])
             return seeds.total(square)
 
         n = batch_size(piece)
@@ -176,12 +188,6 @@ class LayerMeasure:
         size = sum(layer.size for layer in layers)
         each = jax.lax.map(lambda x: one(*x), (piece, keys), batch_size=max(1, min(n, FLOATS // size)))
         return empty | {name: {"D2": jnp.sum(squares, axis=0)} for name, squares in each.items()}
-
-
-def _float_weights(piece: Any) -> list[jax.Array]:
-    """The entries of a batch that weight its examples other than by a mask."""
-    entries = [jnp.asarray(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-    return [entry for entry in entries if entry.dtype != jnp.bool_]
 
 
 def _normalises_over_examples(objective: Objective, params: PyTree) -> bool:

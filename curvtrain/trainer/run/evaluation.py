@@ -29,11 +29,15 @@ def evaluate(
     params, model_state = state.evaluated
     opt_state = None if plan.eval_params is None else state.opt_state
     total: Metrics | None = None
-    for index, batch in enumerate(eval_batches(data, plan.eval_batch_size)):
+    batches = eval_batches(data, plan.eval_batch_size, check=plan.check_batch)
+    for index, (batch, real) in enumerate(batches):
         if interrupted():
             return None
-        put = plan.batches.put(batch, whole=True)
-        seen = plan.programs.evaluate(params, opt_state, state.frozen, model_state, put, state.key, np.uint32(index))
+        rows = int(real.sum())
+        put = plan.batches.put({"batch": batch, "real": real}, whole=True)
+        cut = rows if rows < len(real) and plan.metrics_count_rows else None
+        evaluated = params, opt_state, state.frozen, model_state
+        seen = plan.programs.evaluate(*evaluated, put["batch"], put["real"], state.key, np.uint32(index), rows=cut)
         total = merge(total, jax.device_get(seen))
     if total is None:
         raise ValueError("evaluate(data) has no examples.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -14,7 +15,7 @@ from curvtrain._extra import accepting
 from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
 from curvtrain.objective import batch_size, by_path, path_name
 from curvtrain.trainer.config import TrainerConfig
-from curvtrain.trainer.data import CURVATURE, Streams, first_and_sample, make_train_data
+from curvtrain.trainer.data import CURVATURE, Batch, Streams, first_and_sample, make_train_data
 from curvtrain.trainer.data.placement import BatchLayout
 from curvtrain.trainer.disk.reading import saved_run, steps_in
 from curvtrain.trainer.disk.restoring import restore_newest
@@ -23,6 +24,7 @@ from curvtrain.trainer.run.layout import Layout, Task
 from curvtrain.trainer.run.programs import Programs
 from curvtrain.trainer.run.step import Evaluated
 from curvtrain.trainer.state import TrainState
+from curvtrain.trainer.watch.metrics import counts_rows
 from curvtrain.trainer.watch.report import DryRun, ProgramReport, StateReport
 
 
@@ -37,6 +39,8 @@ class Plan:
       programs: the compiled programs, made when they are used.
       eval_params: the Trainer's argument of that name, or None.
       refresh_note: how the period of refreshes was chosen, for the console; empty if the schedule says it.
+      outputs: the model's outputs for a training batch, as shapes.
+      metrics_count_rows: whether some metrics of an evaluation would count rows that pad its last batch.
     """
 
     def __init__(
@@ -68,7 +72,9 @@ class Plan:
         self.programs = Programs(config, self.layout, self.tx, settled, task.metrics, batch, wide_batch, eval_params)
         self.refresh_note = self._refresh_note(schedule, settled)
         self.outputs = self._abstract_outputs()
-        task.loss.check(self.data.sample(), self.outputs)
+        self.metrics_count_rows = True  # until an evaluation is checked
+        self.check_batch(self.data.sample())
+        self.data.check = self.check_batch
 
     @property
     def mesh(self) -> Mesh:
@@ -105,12 +111,18 @@ class Plan:
         All arrays are checked; of a grain dataset, the first batch.
         """
         first, sample = first_and_sample(data, self.eval_batch_size, argument)
-        self.task.loss.check(sample, self.outputs)
+        self.check_batch(sample)
         state = self.layout.state
-        (params, model_state), batch = state.evaluated, self.batches.abstract(first)
+        params, model_state = state.evaluated
         opt_state = None if self.eval_params is None else state.opt_state
-        index = jax.ShapeDtypeStruct((), jnp.uint32)
-        self.programs.evaluate.eval_shape(params, opt_state, state.frozen, model_state, batch, state.key, index)
+        batch = self.batches.abstract({"batch": first, "real": np.ones(self.eval_batch_size, bool)})
+        evaluated, index = (params, opt_state, state.frozen, model_state), jax.ShapeDtypeStruct((), jnp.uint32)
+        seen = self.programs.evaluate.eval_shape(*evaluated, batch["batch"], batch["real"], state.key, index)
+        self.metrics_count_rows = counts_rows(seen)
+
+    def check_batch(self, batch: Batch) -> None:
+        """Raises TypeError or ValueError if the loss cannot take what a batch, or all data, holds for it."""
+        self.task.loss.check_batch(batch, self.outputs)
 
     def description(self) -> dict[str, Any]:
         """Identifies the run, as plain JSON: a checkpoint is resumed only if all of it is the same."""

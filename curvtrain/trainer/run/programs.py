@@ -105,11 +105,14 @@ class Programs:
 
     @functools.cached_property
     def evaluate(self) -> Any:
-        """The evaluation step, see `eval_step`; compiled per shape of its batch."""
+        """The evaluation step, see `eval_step`.
+
+        It is compiled per shape of its batch, and per number of real rows where metrics count rows.
+        """
         state = self._layout.state
         like = state.params, state.model_state
         step = eval_step(self._layout.objective, self._metrics, like, self._evaluated)
-        return jax.jit(step, out_shardings=self._replicated)
+        return jax.jit(step, out_shardings=self._replicated, static_argnames="rows")
 
     @functools.cached_property
     def telemetry(self) -> Callable[[Any], dict[str, jax.Array]]:

@@ -16,6 +16,7 @@ import optax
 from curvtrain._keys import Purpose, fold
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
+from curvtrain.losses import weight_like
 from curvtrain.objective import Objective
 from curvtrain.trainer.run.extra import extra_args
 from curvtrain.trainer.state import TrainState
@@ -76,7 +77,8 @@ def train_step(
         part, params = requested_part(asked, here, state.params)  # the curvature is that of this part
         updates_curvature = estimator is not None and kind.update
         ride = estimator.measure(state.curvature, part, params, batch, noise) if updates_curvature else None
-        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), piece)
+        weights = here.loss_of_outputs.weights
+        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), weights(outputs, piece))
         loss, grads, model_state, seen, measured = here.value_grad_and_measure(
             state.params, batch, noise, ride, observe=observe
         )
@@ -155,25 +157,36 @@ def _is_float(a: Any) -> bool:
 def eval_step(
     objective: Objective, metrics_fn: MetricsFn, like: tuple[PyTree, PyTree], evaluated: Evaluated | None
 ) -> Callable[..., Metrics]:
-    """The function `(params, opt_state, frozen, model_state, batch, key, index) -> metrics`, without dropout.
+    """The function of the evaluation, with running averages and without dropout.
 
-    `key` is the run's, and `index` that of the batch: what the model draws at random differs from batch to batch, and
-    is the same in every evaluation.
+    It is `(params, opt_state, frozen, model_state, batch, real, key, index, rows=None) -> metrics`. Padding, where the
+    bool (batch,) `real` is false, weighs nothing; the model alone sees it if `rows`, a Python int, says how many rows
+    are real: all metrics are then of these, at the price of a program for this number. `key` is the run's, and `index`
+    that of the batch: what the model draws at random differs from batch to batch, and is the same in every evaluation.
 
     Args:
-      objective: the run's objective; it is evaluated with running averages.
+      objective: the run's objective.
       metrics_fn: `(outputs, batch) -> values` of the metrics.
       like: (parameters, model state), in whose dtypes those that are given, averages perhaps, are used.
       evaluated: makes what is evaluated of the optimizer's state and the parameters; None where it is these.
     """
 
-    def step(params, opt_state, frozen, model_state, batch, key, index):
+    def step(params, opt_state, frozen, model_state, batch, real, key, index, rows=None):
         if evaluated is not None:
             params = evaluated(opt_state, params)
         params, model_state = jax.tree.map(lambda a, p: a.astype(p.dtype), (params, model_state), like)
         here = objective.with_state(model_state).with_frozen(frozen).evaluation()
         outputs = here.predict(params, batch, jax.random.fold_in(fold(key, Purpose.EVALUATION), index))
-        return measure(metrics_fn(outputs, batch), batch)
+        if rows is not None:
+            cut = lambda a: a[:rows] if a.ndim and len(a) == len(real) else a
+            outputs, batch, real = jax.tree.map(cut, (outputs, batch, real))
+        weights = here.loss_of_outputs.weights(outputs, batch)
+        if len(weights) != len(real):
+            raise ValueError(
+                f"The loss has values of shape {weights.shape} for {len(real)} examples, so it is not known which of "
+                f"them are of the rows that pad a batch: give it one value per example."
+            )
+        return measure(metrics_fn(outputs, batch), jnp.where(weight_like(real, weights), weights, 0.0))
 
     return step
 
