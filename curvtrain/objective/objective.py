@@ -370,8 +370,8 @@ class Objective:
             )
         if jnp.iscomplexobj(value):
             raise TypeError(
-                f"The function given to Objective.from_loss should return a real number, not {jnp.result_type(value)}: "
-                f"take jnp.abs of it, or its real part."
+                f"The function given to Objective.from_loss should return a real number, not "
+                f"{jnp.asarray(value).dtype}: take jnp.abs of it, or its real part."
             )
         weight = loss_only_weight(piece, self.microbatch is not None).astype(width(params))
         return jnp.asarray(value, width(params)) * (weight / safe(weight)), weight  # 0 where all is masked
