@@ -11,6 +11,8 @@ J_i = d z_i / d theta, H_i = d^2 l / d z_i^2, g_i = J_i^T d l / d z_i the gradie
 | `fvp(fisher="sampled")` | sum_i w_i g_i g_i^T / W with one target per example drawn from the model |
 | `fvp(fisher="empirical")` | sum_i w_i g_i g_i^T / W with the targets of the batch: not the Fisher |
 
+The Hessian of the objective's regulariser, if it has one, is added to each of them, once: it is part of the loss.
+
 For sequence outputs an example is what the loss calls one: a position. All products are taken in float32 (parameters of
 another dtype are read exactly, then cast) and walk the batch in `objective.microbatch` pieces.
 
@@ -103,7 +105,13 @@ def ggn_gram(
             return sum(map(inner, Jv, HJv)), jnp.sum(loss.weights(z, piece))
 
     total, weight = objective.accumulate(sums, batch, key)
-    return total / safe(weight)
+    gram = total / safe(weight)
+    if objective.regulariser is None:
+        return gram
+    of_penalty = jax.vmap(lambda v: _penalty_product(objective, params, v))(stacked)
+    inner = lambda u, h: u.reshape(len(vectors), -1) @ h.reshape(len(vectors), -1).T
+    with trees.exact():
+        return sum(map(inner, jax.tree.leaves(stacked), jax.tree.leaves(of_penalty)), gram)
 
 
 def fvp(
@@ -130,6 +138,11 @@ def fvp(
                 f"{type(loss).__name__}. Use ggnvp, or fisher='sampled' with a loss that defines sample_targets."
             )
         return ggnvp(objective, params, vector, batch, key)  # E_t[dl dl^T] = H_l for these natural parameters
+    if why := objective.coupling(params, batch, key):
+        raise ValueError(
+            f"fvp(fisher={fisher!r}) takes gradients of single examples, but {why}. Use hvp or ggnvp, which are those "
+            f"of the loss of the whole batch."
+        )
     if fisher == "sampled" and key is None:
         raise ValueError("fvp(fisher='sampled') draws targets from the model and needs a key.")
 
@@ -177,4 +190,10 @@ def _mean_product(product, objective, params, vector, batch, key):
     """Adds `product(params, vector, piece, key) -> (C v, weight)` over the pieces and divides once."""
     params, vector = trees.float32(params), trees.float32(vector)
     total, weight = objective.accumulate(lambda piece, k: product(params, vector, piece, k), batch, key)
-    return trees.scale(1.0 / safe(weight), total)
+    product = trees.scale(1.0 / safe(weight), total)
+    return product if objective.regulariser is None else trees.add(product, _penalty_product(objective, params, vector))
+
+
+def _penalty_product(objective, params, vector):
+    """The Hessian of the regulariser times a vector."""
+    return trees.float32(jax.jvp(jax.grad(objective.penalty), (params,), (vector,))[1])

@@ -33,6 +33,7 @@ class SplitModel:
       train, deterministic, evaluation: its graph as the module was configured; with dropout off; and with dropout off
         and running averages on.
       paths: of its parameters, trained and frozen.
+      trained: the paths of those that were trained when it was split.
       streams: (path, variable type, shape) of each of its RNG variables.
       wrt: filter of the trainable variables.
       predict: `(module, batch) -> outputs`.
@@ -43,6 +44,7 @@ class SplitModel:
     deterministic: nnx.GraphDef
     evaluation: nnx.GraphDef
     paths: tuple[Path, ...]
+    trained: tuple[Path, ...]
     streams: tuple[tuple[tuple[Any, ...], type, tuple[int, ...]], ...]
     wrt: Any
     predict: Callable[[nnx.Module, Batch], Any]
@@ -58,8 +60,8 @@ class SplitModel:
         )
         streams = tuple((path, type(v), v.get_value().shape) for path, v in nnx.to_flat_state(random))
         params, frozen, rest = map(nnx.to_pure_dict, (params, frozen, rest))
-        paths = (*by_path(params), *by_path(frozen))
-        return cls(graph, deterministic, evaluation, paths, streams, wrt, predict, loss), params, frozen, rest
+        trained, paths = tuple(by_path(params)), (*by_path(params), *by_path(frozen))
+        return cls(graph, deterministic, evaluation, paths, trained, streams, wrt, predict, loss), params, frozen, rest
 
     def random_state(self, key: jax.Array | None) -> PyTree:
         """The module's random streams, folded out of `key` in path order; counts start at zero."""

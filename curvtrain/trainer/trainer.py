@@ -44,7 +44,7 @@ class Trainer(abc.ABC):
     """Owns model, data and mesh, trains, evaluates and checkpoints.
 
     Subclass it and say what is trained: the attribute `loss` and the methods `build_model`, `predict` and, if you
-    like, `metrics`. Nothing else is meant to be overridden.
+    like, `metrics` and `regulariser`. Nothing else is meant to be overridden.
 
     Args:
       config: the options of the run.
@@ -105,7 +105,8 @@ class Trainer(abc.ABC):
         distributed.start()
         self.config = config
         self._eval_data, self._hooks = eval_data, tuple(hooks)
-        task = Task(name, self.build_model, self.predict, self.loss, self._metrics, trainable)
+        regulariser = None if type(self).regulariser is Trainer.regulariser else self.regulariser
+        task = Task(name, self.build_model, self.predict, self.loss, self._metrics, trainable, regulariser)
         self._plan = Plan(config, task, train_data, optimizer, curvature, schedule or CurvatureSchedule())
         if eval_data is not None:
             self._plan.check_eval_data(eval_data)
@@ -128,6 +129,15 @@ class Trainer(abc.ABC):
         the loss's own metrics (accuracy, for classes).
         """
         return self.loss.metrics(outputs, batch)
+
+    def regulariser(self, params: Any) -> Any:
+        """Returns a penalty of the parameters, a scalar, which is added to the mean loss.
+
+        It is a part of the loss in every value that is reported ("loss" is with it, and "penalty" is it alone), in
+        gradients, products and the curvature that is made of them; `accumulate` adds it once to a batch. `params` are
+        the trained parameters, a nested dict in the model's own structure. The default is none.
+        """
+        return None
 
     # -- for users -------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,21 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from curvtrain.trainer.data import eval_batches
 from curvtrain.trainer.run.plan import Plan
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.watch.metrics import Metrics, compute, merge
+
+
+def check_whole(plan: Plan, batch: Any) -> None:
+    """Raises ValueError for a batch with padding, where a loss of one example depends on others."""
+    if not np.all(np.any(np.reshape(batch["mask"], (len(batch["mask"]), -1)), axis=1)):
+        raise ValueError(
+            f"evaluate(data): the last batch was padded to {plan.eval_batch_size} examples, but {plan.coupling}: "
+            f"padding would change it. Give TrainerConfig(eval_batch_size) a divisor of the number of examples."
+        )
 
 
 def evaluate(
@@ -27,6 +37,8 @@ def evaluate(
     for batch in eval_batches(data, plan.eval_batch_size):
         if interrupted():
             return None
+        if plan.coupling:
+            check_whole(plan, batch)
         put = plan.batches.put(batch, whole=True)
         seen = plan.programs.evaluate(params, state.frozen, state.model_state, put)
         total = merge(total, jax.device_get(seen))

@@ -17,7 +17,7 @@ from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
 from curvtrain.objective import Objective
 from curvtrain.trainer.state import TrainState
-from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces
+from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces, with_penalty
 
 PyTree = Any
 MetricsFn = Callable[[Any, Any], Mapping[str, Any]]  # (outputs, batch) -> per-example values
@@ -106,7 +106,7 @@ def train_step(
             curvature=curvature,
             ema=average,
         )
-        return after, reduce_pieces(seen)
+        return after, with_penalty(reduce_pieces(seen), _penalty(here, state.params))
 
     return step
 
@@ -131,6 +131,10 @@ def _extra_args(
     }
 
 
+def _penalty(objective: Objective, params: PyTree) -> jax.Array | None:
+    return None if objective.regulariser is None else objective.penalty(params)
+
+
 def moving_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
     """decay * average + (1 - decay) * params, in float32: in bfloat16, 0.999 is 1."""
     return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
@@ -148,7 +152,7 @@ def eval_step(
         params = jax.tree.map(lambda a, p: a.astype(p.dtype), params, like)
         here = objective.with_state(model_state).with_frozen(frozen).evaluation()
         outputs = here.predict(params, batch)
-        return measure(metrics_fn(outputs, batch), batch)
+        return with_penalty(measure(metrics_fn(outputs, batch), batch), _penalty(here, params))
 
     return step
 
