@@ -1,4 +1,4 @@
-"""What a Trainer makes of losses that are no mean over examples: those with penalties, and those that couple examples."""
+"""What a Trainer makes of losses that are no mean over examples: with penalties, or coupled examples."""
 
 import jax
 import jax.numpy as jnp

@@ -50,6 +50,7 @@ def sums_of_examples(
       fisher: one of `FISHERS`.
       who: named in errors.
     """
+    objective = objective.with_microbatch(None)  # which has nothing to say of one example
     # read exactly, then differentiated in float32: a derivative with respect to bfloat16 would be rounded
     chosen = {layer.name: layer.matrix(at(params, layer.path)).astype(jnp.float32) for layer in layers}
 
