@@ -1,13 +1,23 @@
 """Optax transformations that consume a curvature."""
 
+from curvtrain.optim.ema_nesterov import ema_nesterov as ema_nesterov
+from curvtrain.optim.ema_nesterov import ema_nesterov_params as ema_nesterov_params
+from curvtrain.optim.fadam import fadam as fadam
+from curvtrain.optim.fadam import scale_by_fadam as scale_by_fadam
 from curvtrain.optim.fosi import fosi as fosi
 from curvtrain.optim.fosi_dropin import fosi_adam as fosi_adam
 from curvtrain.optim.fosi_dropin import fosi_momentum as fosi_momentum
 from curvtrain.optim.fosi_dropin import fosi_nesterov as fosi_nesterov
 from curvtrain.optim.fosi_dropin import fosi_sgd as fosi_sgd
 from curvtrain.optim.hessian_helper import hessian_helper as hessian_helper
+from curvtrain.optim.hyperball import hyperball as hyperball
 from curvtrain.optim.kfac import kfac as kfac
+from curvtrain.optim.links import add_cautious_decay as add_cautious_decay
+from curvtrain.optim.links import scale_by_norm as scale_by_norm
+from curvtrain.optim.muon import muon as muon
 from curvtrain.optim.natural_gradient import natural_gradient as natural_gradient
+from curvtrain.optim.normuon import normuon as normuon
+from curvtrain.optim.orthogonalize import orthogonalize as orthogonalize
 from curvtrain.optim.psgd import psgd as psgd
 from curvtrain.optim.psgd import scale_by_psgd as scale_by_psgd
 from curvtrain.optim.psgd_dropin import affine as affine
@@ -15,6 +25,8 @@ from curvtrain.optim.psgd_dropin import kron as kron
 from curvtrain.optim.psgd_dropin import low_rank_approximation as low_rank_approximation
 from curvtrain.optim.psgd_dropin import precond_update_prob_schedule as precond_update_prob_schedule
 from curvtrain.optim.psgd_dropin import xmat as xmat
+from curvtrain.optim.root_free import rf_adamw as rf_adamw
+from curvtrain.optim.root_free import rf_rmsprop as rf_rmsprop
 from curvtrain.optim.route import route as route
 from curvtrain.optim.scale_by_curvature import scale_by_curvature as scale_by_curvature
 from curvtrain.optim.self_contained import self_contained as self_contained

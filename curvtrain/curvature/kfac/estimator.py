@@ -197,7 +197,9 @@ class KFAC(LayerEstimator[KroneckerFactors]):
 
     def refresh(self, curvature: KroneckerFactors, objective, params, batch, key, damping=None) -> KroneckerFactors:
         c, cholesky = curvature, self.inverse == "cholesky"
-        damping = jnp.float32(self.damping if damping is None else damping)
+        is_float32 = isinstance(damping, jax.Array) and damping.dtype == jnp.float32 and not damping.weak_type
+        if not is_float32:  # else it is kept as it is, see `KroneckerFactors.solve`
+            damping = jnp.float32(self.damping if damping is None else damping)
         stale, due = c.stale, None
         if self.stale is not None:
             stale = stale.refresh(forced=(damping != c.damping) if cholesky else False)

@@ -217,6 +217,7 @@ class KroneckerFactors(Curvature):
         Where that fails (a factor without an inverse, at damping 0), the layer's part of the result is not finite. A
         failure at a refresh keeps the last inverse and is counted, in `failures`.
         """
+        is_cached = damping is self.damping  # in a program that has just refreshed for it: nothing else is compiled
         damping = jnp.float32(damping)
 
         def matrices(Ms):
@@ -227,6 +228,8 @@ class KroneckerFactors(Curvature):
             # longer library calls: a hundred times slower on CPU
             cached = lambda: multiply(jax.lax.optimization_barrier(self.inverses))
             again = lambda: multiply(self.damped_inverses(damping, keep=False)[0])
+            if is_cached:
+                return cached()
             return jax.lax.cond(damping == self.damping, cached, again)
 
         return self._map(vector, matrices, lambda block, means, basis, x: block.solve(means, basis, x, damping))

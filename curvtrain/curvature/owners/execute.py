@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from curvtrain.curvature.mesh import axes_for, constrain, everywhere, mesh_shape, spec_for, split
 from curvtrain.curvature.owners.layout import Layout, Slots, inside, layout_of, slots_of
+from curvtrain.curvature.unstack import unstack
 
 PyTree = Any
 Arrays = dict[str, jax.Array]
@@ -97,11 +98,8 @@ def to_parameters(found: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
 
 def _cut(layout: Layout, members: Sequence[str], X: jax.Array) -> Arrays:
     """The entries of a shape, in order, by matrix's name."""
-    results, start = {}, 0
-    for member in members:
-        stop = start + layout.by_name[member].copies
-        results[member], start = X[start:stop], stop
-    return results
+    parts = unstack(X, [layout.by_name[member].copies for member in members], axis=0)
+    return dict(zip(members, parts, strict=True))
 
 
 def _summed(X: jax.Array, slots: Slots, axes: tuple[str, ...], axis: int | None) -> jax.Array:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.curvature.psgd.base import Structure
-from curvtrain.curvature.psgd.unstack import unstack
+from curvtrain.curvature.unstack import unstack
 
 
 @dataclasses.dataclass(frozen=True)
