@@ -70,6 +70,14 @@ def coupling(loss: Loss, predict: Predict, params: PyTree, batch: Any, outputs: 
         return _tried.__wrapped__(*arguments)
 
 
+def refused(microbatch: int, why: str) -> ValueError:
+    """The error of an objective that would take such a loss in pieces."""
+    return ValueError(
+        f"Objective(microbatch={microbatch}) would walk a batch in pieces, but {why}: the result would be that of "
+        f"another loss. Leave microbatch=None, and use a batch that fits into memory."
+    )
+
+
 def _resized(batch: Any, n: int) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((n, *jnp.shape(a)[1:]), jnp.result_type(a)), batch)
 

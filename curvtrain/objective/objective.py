@@ -24,10 +24,10 @@ from flax import nnx
 from curvtrain import _checks
 from curvtrain._outputs import floats, with_floats
 from curvtrain.losses import Loss
-from curvtrain.objective.coupling import coupling
+from curvtrain.objective.coupling import coupling, refused
 from curvtrain.objective.paths import Path, by_path, chosen_of, nested, over
 from curvtrain.objective.pieces import Measure, batch_size, safe, walk
-from curvtrain.objective.split_model import SplitModel, check_params
+from curvtrain.objective.split_model import SplitModel, check_params, check_parts
 from curvtrain.objective.totals import check_regulariser, penalty_of, total_of_loss_fn, total_of_outputs
 
 PyTree = Any
@@ -88,13 +88,7 @@ class Objective:
           TypeError, ValueError: an argument of the wrong type; a filter that matches nothing, or parameters that are
             not real floating-point numbers.
         """
-        if not isinstance(model, nnx.Module):
-            raise TypeError(f"Objective.from_model(model) should be an nnx.Module, not {type(model).__name__}.")
-        if not isinstance(loss, Loss):
-            raise TypeError(
-                f"Objective.from_model(loss) should be a curvtrain.losses.Loss, not {type(loss).__name__}. For a "
-                f"function (outputs, batch) -> values of shape (batch,), pass losses.PerExample(function)."
-            )
+        check_parts(model, loss)
         if microbatch is not None:
             _checks.positive_int("Objective.from_model(microbatch)", microbatch)
         static, params, frozen, rest = SplitModel.of(model, predict, loss, wrt)
@@ -340,10 +334,7 @@ class Objective:
         whole = self._with_frozen_leaves(params)
         outputs, state = self._model.apply(whole, model_state, piece, key, self.evaluating, prepare)
         if self.microbatch is not None and (why := self.coupling(params, piece, key, outputs)):
-            raise ValueError(
-                f"Objective(microbatch={self.microbatch}) would walk a batch in pieces, but {why}: the result would be "
-                f"that of another loss. Leave microbatch=None, and use a batch that fits into memory."
-            )
+            raise refused(self.microbatch, why)
         return outputs, state
 
     def _passes(self, params, model_state, piece, key, measure, grads=True):

@@ -94,6 +94,17 @@ class SplitModel:
         return outputs, _same_structure(rest, model_state)
 
 
+def check_parts(model: Any, loss: Any) -> None:
+    """Raises TypeError unless it is a module and a loss."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"Objective.from_model(model) should be an nnx.Module, not {type(model).__name__}.")
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"Objective.from_model(loss) should be a curvtrain.losses.Loss, not {type(loss).__name__}. For a "
+            f"function (outputs, batch) -> values of shape (batch,), pass losses.PerExample(function)."
+        )
+
+
 def check_params(params: PyTree, frozen: PyTree) -> None:
     """Raises ValueError if there are no parameters, TypeError if one is not of real floating-point numbers."""
     leaves = by_path(params)

@@ -31,7 +31,9 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
     diagonals, units, whole layers, norm layers. A Kronecker product has no place for it; there damping stands for it.
 
     A layer that is called several times for an example has the statistics of the example's gradient, in which its calls
-    add up; for Kronecker factors each call counts as a position of its own.
+    add up; for Kronecker factors each call counts as a position of its own. A mask over time keeps positions of weight
+    zero out of a layer whose positions are time; out of one that is called in a loop over time, those on which no
+    unmasked output depends; any other layer has the rows of all examples with an unmasked position.
 
     The curvature of a subclass has the fields `coverage`, `weight`, `skipped`, and the averages that `means` names.
 

@@ -40,7 +40,8 @@ class KFAC(LayerEstimator[KroneckerFactors]):
       fisher: "exact" (= "ggn" for the losses of curvtrain.losses; one backward pass per output), "sampled" (one pass,
         targets drawn from the model), or "empirical" (the batch's targets: not the Fisher).
       weight_sharing: "expand" (every position counts as an example) or "reduce" (positions are averaged first), for
-        layers that are applied to several positions of one example.
+        layers that are applied to several positions of one example. Of a layer that is called several times, every
+        call adds positions; "reduce" averages those of one call.
       inverse: "cholesky" (damping split over the factors), "eigh" (exact for any damping), "ekfac" (eigh with second
         moments of the gradient in place of the products of eigenvalues).
       ema: as for `LayerEstimator`; EKFAC's second moments start anew in every basis, with the weight of one batch.
