@@ -552,7 +552,7 @@ def test_overview():
         (dict(fisher="true"), r"KFAC\(fisher"),
         (dict(weight_sharing="none"), r"KFAC\(weight_sharing"),
         (dict(inverse="lu"), r"KFAC\(inverse"),
-        (dict(ema=1.0), r"KFAC\(ema"),
+        (dict(ema=1.1), r"KFAC\(ema"),
         (dict(damping=-1.0), r"KFAC\(damping"),
         (dict(scale_every=0), r"KFAC\(scale_every"),
         (dict(uncovered="ignore"), r"KFAC\(uncovered"),
