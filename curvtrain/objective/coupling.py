@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Jaxpr, Literal
 
-from curvtrain.losses import RESERVED, Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
+from curvtrain.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError
+from curvtrain.losses.weighing import RESERVED
 from curvtrain.objective.pieces import batch_size
 
 PyTree = Any
@@ -35,6 +36,8 @@ def coupling(loss: Loss, predict: Predict, params: PyTree, batch: Any, outputs: 
       params, batch: shapes and dtypes are used.
       outputs: their shapes, where they are known.
     """
+    if len({jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}) != 1:
+        return ""  # groups of unequal length have no examples to be told apart
     n, abstract = batch_size(batch), functools.partial(_resized, batch)
     outputs = jax.eval_shape(predict, params, abstract(n)) if outputs is None else outputs
     leaves = jax.tree_util.tree_leaves_with_path(outputs)

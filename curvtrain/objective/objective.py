@@ -22,13 +22,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from curvtrain import _checks
+from curvtrain._dtypes import SPLIT, check_real, wide, width
 from curvtrain._outputs import floats, with_floats
 from curvtrain.losses import Loss
 from curvtrain.objective.coupling import coupling, refused
 from curvtrain.objective.paths import Path, by_path, chosen_of, nested, over
 from curvtrain.objective.pieces import Measure, batch_size, safe, walk
 from curvtrain.objective.split_model import SplitModel, check_params, check_parts
-from curvtrain.objective.totals import check_regulariser, penalty_of, total_of_loss_fn, total_of_outputs
+from curvtrain.objective.totals import check_regulariser, mean_of_loss_fn, penalty_of, total_of_outputs
 
 PyTree = Any
 Sums = TypeVar("Sums")
@@ -217,25 +218,27 @@ class Objective:
         return self._apply(params, self.model_state, batch, key, prepare)[0]
 
     def loss(self, params: PyTree, batch: Any, key: jax.Array | None = None) -> jax.Array:
-        """The mean loss over the (unmasked) examples, and the penalty: a float32 scalar."""
+        """The mean loss over the (unmasked) examples, and the penalty: float32, or float64 where a parameter is; ()."""
         total, weight = self.accumulate(lambda piece, k: self.total(params, piece, k), batch, key)
         return total / safe(weight) + self.penalty(params)
 
     def penalty(self, params: PyTree) -> jax.Array:
-        """R(params), a float32 scalar; zero without a regulariser."""
+        """R(params), (), in the dtype of the loss; zero without a regulariser."""
         if self.regulariser is None:
-            return jnp.float32(0)
+            return jnp.zeros((), width(params))
         whole = self._with_frozen_leaves(params)
         if self._model is not None:
             leaves = by_path(whole)
             whole = nested({path: leaves[path] for path in self._model.trained})
-        return penalty_of(self.regulariser, whole)
+        return penalty_of(self.regulariser, whole, width(params))
 
     def total(self, params: PyTree, piece: Any, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(sum_i w_i l_i, sum_i w_i) over one piece, without the penalty: what adds up over pieces and devices."""
-        if self._loss_fn is not None:
-            return total_of_loss_fn(self._loss_fn, self._with_frozen_leaves(params), piece)
-        return total_of_outputs(self.loss_of_outputs, self._apply(params, self.model_state, piece, key)[0], piece)
+        if self._model is None:
+            mean, weight = self._mean_of_loss_fn(params, piece)
+            return mean * weight, weight
+        outputs = self._apply(params, self.model_state, piece, key)[0]
+        return total_of_outputs(self._model.loss, outputs, piece, width(params))
 
     def coupling(self, params: PyTree, batch: Any, key: jax.Array | None = None, outputs: PyTree = None) -> str:
         """Says what the loss of one example has to do with the others of its batch; empty if nothing was found.
@@ -280,20 +283,27 @@ class Objective:
 
         Returns:
           (loss, gradient, model state, observations, (sums, total weight)); the last is None without a measure.
+
+        Raises:
+          TypeError: parameters that are not real floating-point numbers.
         """
+        check_real(params, "The parameters of an objective", SPLIT)
+        whole = self.in_one_piece(batch)
 
         def piece_sums(state, piece, key):
             total, weight, grads, state, outputs, measured = self._passes(params, state, piece, key, measure)
+            grads = grads if whole else jax.tree.map(lambda g: weight * g, grads)
             # Behind a barrier, as a reduction over the outputs, such as an argmax, makes XLA compute them twice.
             seen = observe(jax.lax.optimization_barrier(outputs), piece) if observe is not None else None
             return state, (total, weight, grads, measured), seen
 
         sums = walk(piece_sums, self.model_state, batch, key, self.microbatch)
         state, (total, weight, grads, measured), seen = sums
-        value, grads = total / safe(weight), jax.tree.map(lambda g: g / safe(weight), grads)
+        value = total / safe(weight)
+        grads = grads if whole else jax.tree.map(lambda g: g / safe(weight), grads)
         if self.regulariser is not None:
             penalty, more = jax.value_and_grad(self.penalty)(params)
-            value, grads = value + penalty, jax.tree.map(jnp.add, grads, _float32(more))
+            value, grads = value + penalty, jax.tree.map(jnp.add, grads, wide(more))
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
         return value, grads, state, seen, None if measure is None else (measured, weight)
 
@@ -312,7 +322,7 @@ class Objective:
         return self.microbatch is None or self.microbatch >= batch_size(batch)
 
     def accumulate(self, sums: Callable[[Any, jax.Array | None], Sums], batch: Any, key: jax.Array | None) -> Sums:
-        """Adds `sums(piece, key)` over the pieces of the batch, in float32; each piece has its own key."""
+        """Adds `sums(piece, key)` over the pieces of the batch, in their dtypes; each piece has its own key."""
         step = lambda state, piece, k: (state, sums(piece, k), None)
         return walk(step, None, batch, key, self.microbatch)[1]
 
@@ -338,12 +348,17 @@ class Objective:
         return outputs, state
 
     def _passes(self, params, model_state, piece, key, measure, grads=True):
-        """(total loss, total weight, its gradient or None, model state, outputs, measured) of one piece."""
+        """(total loss, total weight, the mean's gradient or None, model state, outputs, measured) of one piece.
+
+        Derivatives are those of the mean: the seeds of a sum add up to gradients that overflow in float16. Where a
+        measure reads the slots' cotangents for the total, the gradient is divided afterwards instead.
+        """
         if self._model is None:
             if measure is not None:
                 self._require_outputs("measure")
-            (total, weight), gradient = jax.value_and_grad(self.total, has_aux=True)(params, piece)
-            return total, weight, _float32(gradient), model_state, None, None
+            value = jax.value_and_grad(self._mean_of_loss_fn, has_aux=True)
+            (mean, weight), gradient = value(params, piece)
+            return mean * weight, weight, wide(gradient), model_state, None, None
         slots, put = ({}, None) if measure is None else measure.prepare(piece)
 
         def forward(params, slots):
@@ -352,14 +367,24 @@ class Objective:
             return floats(outputs), (outputs, state)
 
         z, pull, (outputs, state) = jax.vjp(forward, params, slots, has_aux=True)
-        of_outputs = lambda z: total_of_outputs(self.loss_of_outputs, with_floats(outputs, z), piece)
-        (total, weight), seeds = jax.value_and_grad(of_outputs, has_aux=True)(z)
+        rides = measure is not None and measure.rides(outputs, piece)
+
+        def of_outputs(z):
+            total, weight = total_of_outputs(self.loss_of_outputs, with_floats(outputs, z), piece, width(params))
+            return total if rides else total / safe(weight), (total, weight)
+
+        (_, (total, weight)), seeds = jax.value_and_grad(of_outputs, has_aux=True)(z)
         gradient, own = pull(seeds)
+        gradient = wide(gradient)
+        if rides:
+            gradient = jax.tree.map(lambda g: g / safe(weight), gradient)
         measured = None
         if measure is not None:
             measured = measure.sums(lambda seeds: pull(seeds)[1], own, outputs, piece, key)
-        return total, weight, _float32(gradient) if grads else None, state, outputs, measured
+        return total, weight, gradient if grads else None, state, outputs, measured
 
-
-def _float32(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+    def _mean_of_loss_fn(self, params, piece):
+        """(the mean loss of a piece, its weight)."""
+        assert self._loss_fn is not None
+        whole = self._with_frozen_leaves(params)
+        return mean_of_loss_fn(self._loss_fn, whole, piece, self.microbatch is not None, width(params))

@@ -1,12 +1,12 @@
 """Batches in pieces: their sizes, and what is summed over them in the backward passes of a loss."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from curvtrain.losses import RESERVED, example_weights
+from curvtrain.losses import loss_only_weights
 
 PyTree = Any
 
@@ -21,6 +21,10 @@ class Measure(Protocol):
 
     def prepare(self, piece: Any) -> tuple[PyTree, Callable[[Any, PyTree], None]]:
         """Returns (the slots for a piece, a function of a module and slots that puts the slots into the module)."""
+        ...
+
+    def rides(self, outputs: Any, piece: Any) -> bool:
+        """Says whether `sums` reads `own`: then the loss's backward pass is seeded for the total, not for the mean."""
         ...
 
     def sums(
@@ -72,8 +76,12 @@ def walk(step: Callable, state: PyTree, batch: Any, key: jax.Array | None, size:
 
 
 def safe(weight: jax.Array) -> jax.Array:
-    """A denominator: the total weight, or one where every example is masked (then the sums above it are zero)."""
-    return jnp.where(weight > 0, weight, 1.0)
+    """A denominator: the total weight, or one where every example is masked (then the sums above it are zero).
+
+    No mean has a total weight below zero, or one that is not finite: the denominator is then NaN.
+    """
+    otherwise = jnp.where(weight == 0, 1.0, jnp.nan).astype(weight.dtype)
+    return jnp.where((weight > 0) & jnp.isfinite(weight), weight, otherwise)
 
 
 def batch_size(batch: Any) -> int:
@@ -84,15 +92,23 @@ def batch_size(batch: Any) -> int:
     }
     if len(set(lengths.values())) != 1 or "a scalar" in lengths.values():
         raise ValueError(
-            f"The arrays of a batch should have one common length, their number of examples, not {lengths}."
+            f"The arrays of a batch should have one common length, their number of examples, not {lengths}. Groups of "
+            f"unequal length, such as interior and boundary points, go through an objective in one piece (without "
+            f"microbatch) with Lanczos or PSGD; for anything else make them rows of the same arrays, with an entry "
+            f"that says which group a row belongs to."
         )
     return int(next(iter(lengths.values())))
 
 
-def loss_only_weight(piece: Any) -> jax.Array:
-    """The weight of a piece of which only the mean loss is known: its examples, or their mask and weights."""
+def loss_only_weight(piece: Any, split: bool) -> jax.Array:
+    """The weight of a piece of which only the mean loss is known: its examples, or their mask and weights.
+
+    Args:
+      piece: the piece.
+      split: whether it may be one of several: the weight of a single one cancels, so no entry is read.
+    """
     leading = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(piece) if jnp.ndim(leaf)}
     if len(leading) != 1:
         return jnp.float32(1.0)  # not examples along a common axis: the batch is one piece anyway
-    entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-    return jnp.sum(example_weights(piece, max([(leading.pop(),), *entries], key=len)))
+    examples = leading.pop()
+    return jnp.sum(loss_only_weights(piece, examples)) if split else jnp.float32(examples)

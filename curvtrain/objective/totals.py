@@ -7,38 +7,46 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.losses import Loss, unmasked
-from curvtrain.objective.pieces import loss_only_weight
+from curvtrain.objective.pieces import loss_only_weight, safe
 
 PyTree = Any
 
 
-def total_of_outputs(loss: Loss, outputs: Any, piece: Any) -> tuple[jax.Array, jax.Array]:
+def total_of_outputs(loss: Loss, outputs: Any, piece: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """(sum_i w_i l_i, sum_i w_i)."""
     weights = loss.weights(outputs, piece)
     values = loss.values(unmasked(outputs, weights), piece)
     # where, not a product: a masked example may hold anything, and 0 * inf is not 0
-    return jnp.sum(jnp.where(weights != 0, weights * values, 0.0)), jnp.sum(weights)
+    total = jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
+    return total.astype(dtype), jnp.sum(weights).astype(dtype)
 
 
-def total_of_loss_fn(loss_fn: Callable[[PyTree, Any], Any], params: PyTree, piece: Any) -> tuple[jax.Array, jax.Array]:
-    """(the mean loss of a piece times its weight, its weight)."""
-    weight = loss_only_weight(piece)
+def mean_of_loss_fn(
+    loss_fn: Callable[[PyTree, Any], Any], params: PyTree, piece: Any, split: bool, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """(the mean loss of a piece, its weight); `split` as for `loss_only_weight`."""
     value = loss_fn(params, piece)
     if jnp.shape(value) != ():
         raise ValueError(
             f"The function given to Objective.from_loss should return a scalar, not shape {jnp.shape(value)}."
         )
-    return jnp.asarray(value, jnp.float32) * weight, weight
+    if jnp.iscomplexobj(value):
+        raise TypeError(
+            f"The function given to Objective.from_loss should return a real number, not {jnp.result_type(value)}: "
+            f"take jnp.abs of it, or its real part."
+        )
+    weight = loss_only_weight(piece, split).astype(dtype)
+    return jnp.asarray(value, dtype) * (weight / safe(weight)), weight  # 0 where all is masked
 
 
-def penalty_of(regulariser: Callable[[PyTree], Any], params: PyTree) -> jax.Array:
+def penalty_of(regulariser: Callable[[PyTree], Any], params: PyTree, dtype: Any) -> jax.Array:
     """The regulariser's value. Raises TypeError unless it is a real scalar."""
     value = regulariser(params)
     array = hasattr(value, "shape") or isinstance(value, int | float)
     if not array or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         what = f"{jnp.result_type(value)} of shape {jnp.shape(value)}" if array else f"a {type(value).__name__}"
         raise TypeError(f"regulariser(params) should return a scalar, a real floating-point number, not {what}.")
-    return jnp.asarray(value, jnp.float32)
+    return jnp.asarray(value, dtype)
 
 
 def check_regulariser(argument: str, regulariser: Any) -> None:

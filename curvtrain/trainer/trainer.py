@@ -25,7 +25,6 @@ from curvtrain.trainer.run.plan import Plan
 from curvtrain.trainer.run.results import FitResult
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.watch.hooks import Hook
-from curvtrain.trainer.watch.metrics import Mean
 from curvtrain.trainer.watch.report import DryRun
 
 
@@ -125,8 +124,9 @@ class Trainer(abc.ABC):
     def metrics(self, outputs: Any, batch: Any) -> Mapping[str, Any]:
         """Returns, by name, one value per example, shape (batch,) or (batch, time), or a `clu.metrics.Metric`.
 
-        Means are weighted by the batch's `mask` and `weights`. The loss is always reported as "loss". The default is
-        the loss's own metrics (accuracy, for classes).
+        Means are weighted as the loss is, by the batch's `mask` and `weights`. The loss is always reported as "loss".
+        The default is the loss's own metrics (accuracy, for classes). Rows that pad the last batch of an evaluation
+        count in no metric; of the data's own mask, a `clu.metrics.Metric` knows what it is told here.
         """
         return self.loss.metrics(outputs, batch)
 
@@ -225,7 +225,7 @@ class Trainer(abc.ABC):
         values = self.metrics(outputs, batch)
         if not isinstance(values, Mapping):
             raise TypeError(f"{type(self).__name__}.metrics should return a dict, not {type(values).__name__}.")
-        return {**values, "loss": Mean.of(self.loss.values(outputs, batch), self.loss.weights(outputs, batch))}
+        return {**values, "loss": self.loss.values(outputs, batch)}
 
     def _module(self, params: Any, frozen: Any, model_state: Any) -> nnx.Module:
         # Copies, because the next step donates the state; in the parameters' dtypes, which an average does not have.

@@ -44,11 +44,11 @@ def calls_of(
 ) -> Calls:
     """How the objective's model calls its layers for such a batch.
 
-    Raises ValueError where taps would miss something: a layer that is applied without the axis of examples, or whose
-    parameters are used without calling it.
+    Raises ValueError where taps would miss something: a layer that is applied without the axis of examples, whose
+    parameters are used without calling it, or of whose output the model takes a derivative.
     """
     n = batch_size(batch)
-    runs = (_record(objective, params, _repeated(batch, times), key, coverage) for times in (1, 2))
+    runs = (_record(objective, params, _repeated(batch, times), key, coverage, who) for times in (1, 2))
     (once, counts, shapes), (twice, _, _) = runs
     _check_uses(objective, params, batch, key, coverage, who)
     mapped, repeated = set(), set()
@@ -82,16 +82,44 @@ def _repeated(batch: Any, times: int) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((times * a.shape[0], *a.shape[1:]), a.dtype), batch)
 
 
-def _record(objective, params, batch, key, coverage) -> tuple[Record, collections.Counter, PyTree]:
-    """(the calls of every covered module in an abstract forward pass, `_executed` of its jaxpr, the outputs)."""
-    records = []
+def _record(objective, params, batch, key, coverage, who) -> tuple[Record, collections.Counter, PyTree]:
+    """(the calls of every covered module in an abstract forward pass, `_executed` of its jaxpr, the outputs).
 
-    def outputs(params, batch):
-        prepare = lambda module: records.append(record_calls(module, coverage.by_module, maps=True))
-        return objective.predict(params, batch, key, prepare=prepare)
+    Raises ValueError if the model differentiates a layer.
+    """
+    records: list[Record] = []
 
-    jaxpr, shapes = jax.make_jaxpr(outputs, return_shape=True)(params, batch)
-    return records[0], _executed(jaxpr.jaxpr), shapes
+    def run(maps: bool) -> tuple[Record, collections.Counter, PyTree]:
+        def outputs(params, batch):
+            prepare = lambda module: records.append(record_calls(module, coverage.by_module, maps=maps))
+            return objective.predict(params, batch, key, prepare=prepare)
+
+        jaxpr, shapes = jax.make_jaxpr(outputs, return_shape=True)(params, batch)
+        return records[-1], _executed(jaxpr.jaxpr), shapes
+
+    try:
+        record, counts, shapes = run(maps=True)
+    except Exception:
+        if not records or not _differentiated(records[0], coverage):
+            raise
+        # what notes vmap cannot be differentiated, and JAX says so in words of its own, at the first layer
+        record, counts, shapes = run(maps=False)
+    if names := _differentiated(record, coverage):
+        plain = [layer.name for layer in coverage.plain] + names
+        raise ValueError(
+            f"{who}: the model's outputs hold derivatives of {', '.join(names[:4])}, as in a physics-informed network, "
+            f"and there is no rule for the statistics of a layer that is differentiated. Use curvature.Lanczos with "
+            f"optim.fosi or curvature.PSGD with optim.psgd, which take any model; or the exact diagonal of these "
+            f"layers, {who}(plain={'|'.join(plain) if len(plain) < 5 else '.*'!r})."
+        )
+    return record, counts, shapes
+
+
+def _differentiated(record: Record, coverage: Coverage) -> list[str]:
+    """The names of layers of whose outputs a derivative is taken."""
+    calls = record.calls.items()
+    paths = [path for path, seen in calls if any(call.differentiated for call in seen)]
+    return [layer.name for path in paths for layer in coverage.by_module[path]]
 
 
 def _executed(jaxpr: Jaxpr) -> collections.Counter:

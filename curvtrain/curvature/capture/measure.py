@@ -26,7 +26,6 @@ from curvtrain.curvature.capture.seeds import reach_of, seeds_of
 from curvtrain.curvature.capture.singly import sums_of_examples
 from curvtrain.curvature.capture.statistics import Statistic
 from curvtrain.curvature.capture.taps import Arrays, Tap, attach
-from curvtrain.losses import RESERVED, Loss, example_weights
 from curvtrain.objective import Objective, batch_size
 
 PyTree = Any
@@ -112,7 +111,8 @@ class LayerMeasure:
         reaching = self._reaching(piece)
         for layer in self._tapped:
             shapes = self.statistic.shapes(layer)
-            zeros[layer.name] = {name: jnp.zeros((*layer.scan_axes, *shape)) for name, shape in shapes.items()}
+            make = lambda shape, layer=layer: jnp.zeros((*layer.scan_axes, *shape), self.coverage.dtype)
+            zeros[layer.name] = {name: make(shape) for name, shape in shapes.items()}
             wide = {name: jnp.broadcast_to(w, (*layer.scan_axes, *w.shape)) for name, w in extra.items()}
             fixed[layer.name] = {**self.given.get(layer.name, {}), **wide}
             names = tuple(shapes), tuple(fixed[layer.name])
@@ -127,7 +127,7 @@ class LayerMeasure:
         """The statistics of a piece: those of the loss's own backward pass, or of others."""
         loss = self.objective.loss_of_outputs
         sums = own
-        if not self._rides(piece):
+        if not self.rides(outputs, piece):
             seeds = seeds_of(loss, outputs, piece, key, self.fisher, self.who)
             sums = seeds.total(pull)
             for layer in self._tapped:  # what depends on inputs alone was counted once for every backward pass
@@ -172,33 +172,41 @@ class LayerMeasure:
             if layer.name in self.calls.repeated and not set(_OF_INPUTS).isdisjoint(self.statistic.shapes(layer))
         ]
 
-    def _rides(self, piece: Any) -> bool:
-        """Whether the loss's own backward pass gives the statistics: see the module's docstring."""
+    def rides(self, outputs: Any, piece: Any) -> bool:
+        """Whether the loss's own backward pass gives the statistics: see the module's docstring.
+
+        Not in float16, where that pass has to be the mean's: a sum's overflows.
+        """
+        halves = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves((self.params, outputs)))
+        return not halves and self._may_ride(piece)
+
+    def _may_ride(self, piece: Any) -> bool:
         if self.fisher != "empirical":
             return False
-        if type(self.objective.loss_of_outputs).weights is not Loss.weights:
+        loss = self.objective.loss_of_outputs
+        if not loss.weights_are_known:
             return False  # weights of the loss's own making are known only after the forward pass
-        examples = batch_size(piece)
-        simple = all(w.ndim == 1 for w in _float_weights(piece)) and not self.couples
+        examples, scale = batch_size(piece), loss.known_weights(piece).scale
         each = set(self.calls.examples(examples).values()) <= {examples}
-        return not _float_weights(piece) or (simple and each)
+        return scale is None or (scale.ndim == 1 and not self.couples and each)
 
     def _arrays_of_weights(self, piece: Any) -> dict[str, jax.Array]:
         """`weights` for rows, and `correction` for cotangents, see `Backward`; where the batch has such entries."""
-        entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-        if not entries:
+        known = self.objective.loss_of_outputs.known_weights(piece)
+        if known.product is None:
             return {}
-        arrays = {"weights": example_weights(piece, max(entries, key=len))}
-        wide = _float_weights(piece)
-        if wide and self._rides(piece):
-            w = jnp.prod(jnp.stack([w.astype(jnp.float32) for w in wide]), axis=0)
+        dtype = self.coverage.dtype
+        arrays = {"weights": known.product.astype(dtype)}
+        if known.scale is not None and self._may_ride(piece):
+            w = known.scale.astype(dtype)
             arrays["correction"] = jnp.where(w > 0, jax.lax.rsqrt(jnp.where(w > 0, w, 1.0)), 0.0)
         return arrays
 
     def _sums_of_examples(self, piece: Any, key: jax.Array | None) -> Sums:
         """What is measured of single examples: plain parameters, and layers that are called several times in each."""
         layers = [layer for layer in self.coverage.plain if layer.size] + self._singly
-        sums: Sums = {layer.name: {"D2": jnp.zeros((1, 1, 0))} for layer in self.coverage.plain if not layer.size}
+        empty = [layer for layer in self.coverage.plain if not layer.size]
+        sums: Sums = {layer.name: {"D2": jnp.zeros((1, 1, 0), self.coverage.dtype)} for layer in empty}
 
         def of(layers):
             return sums_of_examples(
@@ -211,6 +219,7 @@ class LayerMeasure:
                 key,
                 self.fisher,
                 self.who,
+                self.coverage.dtype,
             )
 
         now_and_then = [layer for layer in layers if "due" in self.given.get(layer.name, {})]
@@ -223,12 +232,6 @@ class LayerMeasure:
             zeros = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
             sums |= jax.lax.cond(due, lambda: of(now_and_then), zeros)
         return sums
-
-
-def _float_weights(piece: Any) -> list[jax.Array]:
-    """The entries of a batch that weight its examples other than by a mask."""
-    entries = [jnp.asarray(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-    return [entry for entry in entries if entry.dtype != jnp.bool_]
 
 
 def _normalises_over_examples(objective: Objective, params: PyTree) -> bool:

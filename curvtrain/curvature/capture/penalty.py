@@ -17,16 +17,16 @@ _PROBE = 2  # folded into the key of a piece
 
 
 def penalty_diagonal(objective: Objective, params, key: jax.Array | None):
-    """r * (H r) for random signs r and the Hessian H of the regulariser: float32, like the parameters.
+    """r * (H r) for random signs r and the Hessian H of the regulariser, like the parameters.
 
     It is the diagonal of H where H is diagonal, as that of a sum over parameters is, and has it as its mean elsewhere
     (Bekas et al. 2007).
     """
-    params = trees.float32(params)
+    params = trees.wide(params)
     leaves, treedef = jax.tree.flatten(params)
     key = jax.random.key(0) if key is None else jax.random.fold_in(key, _PROBE)
     keys = jax.random.split(key, len(leaves))
-    r = treedef.unflatten([jax.random.rademacher(k, a.shape, jnp.float32) for k, a in zip(keys, leaves, strict=True)])
+    r = treedef.unflatten([jax.random.rademacher(k, a.shape, a.dtype) for k, a in zip(keys, leaves, strict=True)])
     Hr = jax.jvp(jax.grad(objective.penalty), (params,), (r,))[1]
     return jax.tree.map(jnp.multiply, r, Hr)
 

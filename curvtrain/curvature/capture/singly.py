@@ -36,6 +36,7 @@ def sums_of_examples(
     key: jax.Array | None,
     fisher: str,
     who: str,
+    dtype: Any,
 ) -> Sums:
     """The statistics that `Statistic.of_examples` names, summed over a piece, by layer and name: (*scan axes, g, ...).
 
@@ -49,10 +50,11 @@ def sums_of_examples(
       piece, key: examples, and what their noise and targets are drawn with.
       fisher: one of `FISHERS`.
       who: named in errors.
+      dtype: of the statistics.
     """
     objective = objective.with_microbatch(None)  # which has nothing to say of one example
-    # read exactly, then differentiated in float32: a derivative with respect to bfloat16 would be rounded
-    chosen = {layer.name: layer.matrix(at(params, layer.path)).astype(jnp.float32) for layer in layers}
+    # read exactly, then differentiated in the curvature's dtype: a derivative in bfloat16 would be rounded
+    chosen = {layer.name: layer.matrix(at(params, layer.path)).astype(dtype) for layer in layers}
 
     def with_chosen(chosen):
         copy = jax.tree.map(lambda a: a, params)
@@ -92,9 +94,9 @@ def sums_of_examples(
 def _of_layer(layer: Layer, statistic: Statistic, D: jax.Array, given: Mapping[str, Arrays]) -> dict[str, jax.Array]:
     """The statistics of one example's gradient D (K, d_i, d_o) of a layer."""
     if not layer.tapped:
-        return {"D2": jnp.square(D.astype(jnp.float32))}
+        return {"D2": jnp.square(D)}
     stack = math.prod(layer.scan_axes)
-    D = D.astype(jnp.float32).reshape(stack, layer.groups, 1, layer.d_i, layer.d_o)
+    D = D.reshape(stack, layer.groups, 1, layer.d_i, layer.d_o)
     lead = len(layer.scan_axes)
     arrays = {name: a.reshape(stack, *a.shape[lead:]) for name, a in given.get(layer.name, {}).items()}
     measure: Callable[..., Any] = lambda D, arrays: statistic.measure_examples(layer, Explicit(D), arrays)

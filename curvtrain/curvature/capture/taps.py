@@ -144,12 +144,14 @@ class Seen:
     Attributes:
       shape: of the input.
       mapped: lengths of the axes over which `jax.vmap` mapped the input.
+      differentiated: whether the model takes a derivative of the output.
       mark: name of the function that marks the call's output in a jaxpr; empty where nothing is to be marked.
       size: of that output, without axes of `jax.vmap`.
     """
 
     shape: tuple[int, ...]
     mapped: list[int]
+    differentiated: bool = False
     mark: str = ""
     size: int = 0
 
@@ -175,7 +177,7 @@ def _recording(cls: type) -> type:
             x = jnp.asarray(bound(method, args, kwargs)[0])
             seen = Seen(x.shape, [])
             record.calls.setdefault(path, []).append(seen)
-            y = method(_without_parameters(args[0], names), *args[1:], **kwargs)
+            y = _note_derivatives(method(_without_parameters(args[0], names), *args[1:], **kwargs), seen)
             if not record.maps:
                 return y
             record.marks += 1
@@ -194,6 +196,21 @@ def _without_parameters(module: Any, names: tuple[str, ...]) -> Any:
         variable = getattr(ghost, name)
         variable.set_value(jnp.zeros(variable.shape, variable.dtype))
     return ghost
+
+
+def _note_derivatives(y: PyTree, seen: Seen) -> PyTree:
+    """y, and a note if somebody differentiates it: JAX asks for the rule only then."""
+
+    @jax.custom_jvp
+    def note(y):
+        return y
+
+    @note.defjvp
+    def _(primals, tangents):
+        seen.differentiated = True
+        return primals[0], tangents[0]
+
+    return note(y)
 
 
 def _probe(y: jax.Array, x: jax.Array, seen: Seen) -> jax.Array:

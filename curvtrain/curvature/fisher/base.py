@@ -99,7 +99,8 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
     def overview(self, objective, params) -> str:
         coverage = self.coverage(objective, params)
         blocks = {layer.name: self._described(layer) for layer in coverage.layers}
-        return coverage.table({name: (kind, 4 * floats) for name, (kind, floats) in blocks.items()})
+        size = jnp.dtype(coverage.dtype).itemsize
+        return coverage.table({name: (kind, size * floats) for name, (kind, floats) in blocks.items()})
 
     @abc.abstractmethod
     def _described(self, layer: Layer) -> tuple[str, int]:
@@ -138,7 +139,8 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
         )
         weight = self.ema * kept.weight + W
         share = W / safe(weight)
-        average = lambda old, new: jnp.where(usable, old + share * (new.reshape(old.shape) - old), old)
+        moved = lambda old, new: (old + share * (new.reshape(old.shape) - old)).astype(old.dtype)
+        average = lambda old, new: jnp.where(usable, moved(old, new), old)
         besides = self._besides(curvature, means, usable, W)
         averages = {
             field: jax.tree.map(average, getattr(kept, field), mean)

@@ -4,21 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from curvtrain.trainer.data import eval_batches
 from curvtrain.trainer.run.plan import Plan
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.watch.metrics import Metrics, compute, merge
-
-
-def check_whole(plan: Plan, batch: Any) -> None:
-    """Raises ValueError for a batch with padding, where a loss of one example depends on others."""
-    if not np.all(np.any(np.reshape(batch["mask"], (len(batch["mask"]), -1)), axis=1)):
-        raise ValueError(
-            f"evaluate(data): the last batch was padded to {plan.eval_batch_size} examples, but {plan.coupling}: "
-            f"padding would change it. Give TrainerConfig(eval_batch_size) a divisor of the number of examples."
-        )
 
 
 def evaluate(
@@ -34,13 +24,18 @@ def evaluate(
     """
     params = state.params if state.ema is None else state.ema
     total: Metrics | None = None
-    for batch in eval_batches(data, plan.eval_batch_size):
+    for batch, real in eval_batches(data, plan.eval_batch_size, check=plan.check_batch):
         if interrupted():
             return None
-        if plan.coupling:
-            check_whole(plan, batch)
-        put = plan.batches.put(batch, whole=True)
-        seen = plan.programs.evaluate(params, state.frozen, state.model_state, put)
+        if plan.coupling and not real.all():
+            raise ValueError(
+                f"evaluate(data): the last batch was padded to {plan.eval_batch_size} examples, but {plan.coupling}: "
+                f"padding would change it. Give TrainerConfig(eval_batch_size) a divisor of the number of examples."
+            )
+        rows = int(real.sum())
+        put = plan.batches.put({"batch": batch, "real": real}, whole=True)
+        cut = rows if rows < len(real) and plan.metrics_count_rows else None
+        seen = plan.programs.evaluate(params, state.frozen, state.model_state, put["batch"], put["real"], rows=cut)
         total = merge(total, jax.device_get(seen))
     if total is None:
         raise ValueError("evaluate(data) has no examples.")

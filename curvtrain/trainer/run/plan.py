@@ -4,18 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
 from curvtrain.objective import batch_size
 from curvtrain.trainer.config import TrainerConfig
-from curvtrain.trainer.data import CURVATURE, Streams, first_and_sample, make_train_data
+from curvtrain.trainer.data import CURVATURE, Batch, Streams, first_and_sample, make_train_data
 from curvtrain.trainer.data.placement import BatchLayout
 from curvtrain.trainer.disk.reading import saved_run
 from curvtrain.trainer.mesh import sharding
 from curvtrain.trainer.run.layout import Layout, Task
 from curvtrain.trainer.run.programs import Programs
+from curvtrain.trainer.watch.metrics import counts_rows
 from curvtrain.trainer.watch.report import DryRun, ProgramReport, StateReport
 
 
@@ -29,6 +31,8 @@ class Plan:
       layout: the abstract state.
       programs: the compiled programs, made when they are used.
       refresh_note: how the period of refreshes was chosen, for the console; empty if the schedule says it.
+      outputs: the model's outputs for a training batch, as shapes.
+      metrics_count_rows: whether some metrics of an evaluation would count rows that pad its last batch.
     """
 
     def __init__(
@@ -58,7 +62,9 @@ class Plan:
         self.refresh_note = self._refresh_note(schedule, settled)
         self.outputs = self._abstract_outputs()
         self.coupling = self._checked_coupling(schedule)
-        task.loss.check(self.data.sample(), self.outputs)
+        self.metrics_count_rows = True  # until an evaluation is checked
+        self.check_batch(self.data.sample())
+        self.data.check = self.check_batch
 
     @property
     def mesh(self) -> Mesh:
@@ -80,11 +86,17 @@ class Plan:
         All arrays are checked; of a grain dataset, the first batch.
         """
         first, sample = first_and_sample(data, self.eval_batch_size, argument)
-        self.task.loss.check(sample, self.outputs)
+        self.check_batch(sample)
         self.check_padding(data, argument)
         state = self.layout.state
-        batch = self.batches.abstract(first)
-        self.programs.evaluate.eval_shape(state.params, state.frozen, state.model_state, batch)
+        batch = self.batches.abstract({"batch": first, "real": np.ones(self.eval_batch_size, bool)})
+        programs = self.programs.evaluate
+        seen = programs.eval_shape(state.params, state.frozen, state.model_state, batch["batch"], batch["real"])
+        self.metrics_count_rows = counts_rows(seen)
+
+    def check_batch(self, batch: Batch) -> None:
+        """Raises TypeError or ValueError if the loss cannot take what a batch, or all data, holds for it."""
+        self.task.loss.check_batch(batch, self.outputs)
 
     def description(self) -> dict[str, Any]:
         """Identifies the run, as plain JSON: a checkpoint is resumed only if all of it is the same."""

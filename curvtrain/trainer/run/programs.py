@@ -99,9 +99,12 @@ class Programs:
 
     @functools.cached_property
     def evaluate(self) -> Any:
-        """The evaluation step `(params, frozen, model_state, batch) -> metrics`; compiled per shape of its batch."""
+        """The evaluation step `(params, frozen, model_state, batch, real, rows=None) -> metrics`.
+
+        It is compiled per shape of its batch, and per number of real rows where metrics count rows.
+        """
         step = eval_step(self._layout.objective, self._metrics, self._layout.state.params)
-        return jax.jit(step, out_shardings=self._replicated)
+        return jax.jit(step, out_shardings=self._replicated, static_argnames="rows")
 
     @functools.cached_property
     def telemetry(self) -> Callable[[Any], dict[str, jax.Array]]:

@@ -15,6 +15,7 @@ import optax
 
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
+from curvtrain.losses import weight_like
 from curvtrain.objective import Objective
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces, with_penalty
@@ -70,7 +71,8 @@ def train_step(
         part, params = requested_part(asked, here, state.params)  # the curvature is that of this part
         updates_curvature = estimator is not None and kind.update
         ride = estimator.measure(state.curvature, part, params, batch, noise) if updates_curvature else None
-        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), piece)
+        weights = here.loss_of_outputs.weights
+        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), weights(outputs, piece))
         loss, grads, model_state, seen, measured = here.value_grad_and_measure(
             state.params, batch, noise, ride, observe=observe
         )
@@ -136,23 +138,33 @@ def _penalty(objective: Objective, params: PyTree) -> jax.Array | None:
 
 
 def moving_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
-    """decay * average + (1 - decay) * params, in float32: in bfloat16, 0.999 is 1."""
+    """decay * average + (1 - decay) * params, in the average's dtype, float32 at least: in bfloat16, 0.999 is 1."""
     return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
 
 
-def eval_step(
-    objective: Objective, metrics_fn: MetricsFn, like: PyTree
-) -> Callable[[PyTree, PyTree, PyTree, Any], Metrics]:
-    """The function `(params, frozen, model_state, batch) -> metrics` with running averages and without dropout.
+def eval_step(objective: Objective, metrics_fn: MetricsFn, like: PyTree) -> Callable[..., Metrics]:
+    """The function `(params, frozen, model_state, batch, real, rows=None) -> metrics`, as the model is evaluated.
 
-    The parameters (an average of them, perhaps) are used in the dtypes of `like`.
+    It has running averages and no dropout. The parameters (an average of them, perhaps) are used in the dtypes of
+    `like`. Padding, where the bool (batch,) `real` is false, weighs nothing; the model alone sees it if `rows`, a
+    Python int, says how many rows are real: all metrics are then of these, at the price of a program for this number.
     """
 
-    def step(params, frozen, model_state, batch):
+    def step(params, frozen, model_state, batch, real, rows=None):
         params = jax.tree.map(lambda a, p: a.astype(p.dtype), params, like)
         here = objective.with_state(model_state).with_frozen(frozen).evaluation()
         outputs = here.predict(params, batch)
-        return with_penalty(measure(metrics_fn(outputs, batch), batch), _penalty(here, params))
+        if rows is not None:
+            cut = lambda a: a[:rows] if a.ndim and len(a) == len(real) else a
+            outputs, batch, real = jax.tree.map(cut, (outputs, batch, real))
+        weights = here.loss_of_outputs.weights(outputs, batch)
+        if len(weights) != len(real):
+            raise ValueError(
+                f"The loss has values of shape {weights.shape} for {len(real)} examples, so it is not known which of "
+                f"them are of the rows that pad a batch: give it one value per example."
+            )
+        seen = measure(metrics_fn(outputs, batch), jnp.where(weight_like(real, weights), weights, 0.0))
+        return with_penalty(seen, _penalty(here, params))
 
     return step
 
