@@ -20,9 +20,10 @@ ROOT = Path(curvtrain.__file__).parent
 PACKAGE = sorted(ROOT.rglob("*.py"))
 RECIPES = sorted((ROOT.parent / "recipes").rglob("*.py"))
 
-BOTTOM = {"_checks", "_outputs", "_text", "_version"}  # argument checks, outputs as pytrees, tables: for every room
+BOTTOM = {"_checks", "_dtypes", "_outputs", "_text", "_version"}  # checks, dtypes, outputs, tables: for every room
 MAY_IMPORT = {
     "_checks": set(),
+    "_dtypes": set(),
     "_outputs": set(),
     "_text": set(),
     "_version": set(),

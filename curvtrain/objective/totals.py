@@ -32,8 +32,8 @@ def mean_of_loss_fn(
         )
     if jnp.iscomplexobj(value):
         raise TypeError(
-            f"The function given to Objective.from_loss should return a real number, not {jnp.result_type(value)}: "
-            f"take jnp.abs of it, or its real part."
+            f"The function given to Objective.from_loss should return a real number, not "
+            f"{jnp.asarray(value).dtype}: take jnp.abs of it, or its real part."
         )
     weight = loss_only_weight(piece, split).astype(dtype)
     return jnp.asarray(value, dtype) * (weight / safe(weight)), weight  # 0 where all is masked
@@ -43,8 +43,8 @@ def penalty_of(regulariser: Callable[[PyTree], Any], params: PyTree, dtype: Any)
     """The regulariser's value. Raises TypeError unless it is a real scalar."""
     value = regulariser(params)
     array = hasattr(value, "shape") or isinstance(value, int | float)
-    if not array or jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        what = f"{jnp.result_type(value)} of shape {jnp.shape(value)}" if array else f"a {type(value).__name__}"
+    if not array or jnp.shape(value) != () or not jnp.issubdtype(jnp.asarray(value).dtype, jnp.floating):
+        what = f"{jnp.asarray(value).dtype} of shape {jnp.shape(value)}" if array else f"a {type(value).__name__}"
         raise TypeError(f"regulariser(params) should return a scalar, a real floating-point number, not {what}.")
     return jnp.asarray(value, dtype)
 

@@ -268,7 +268,7 @@ def test_checks_take_anything_under_a_mask(case, weighted):
 
 
 def test_micro_batches_of_a_mean_loss_with_a_target_called_mask():
-    loss = lambda p, batch: jnp.mean((p * batch["x"] - batch["mask"]) ** 2)
+    loss = lambda p, batch: jnp.mean((p * batch["x"] - batch["mask"].reshape(len(batch["x"]), -1)[:, 0]) ** 2)
     with pytest.raises(ValueError, match=r"batch\['mask'\] has shape \(3, 2, 2\).*another name"):
         Objective.from_loss(loss, microbatch=3).loss(jnp.float32(1), {"x": jnp.ones(N), "mask": jnp.ones((N, 2, 2))})
     with pytest.raises(ValueError, match=r"batch\['mask'\] weights the examples and holds 3.*another name"):
