@@ -33,6 +33,8 @@ class Purpose(enum.IntEnum):
     FIT = _ABOVE_ALL_INDICES + 10  # the noise of a fit
     PROBES = _ABOVE_ALL_INDICES + 11  # the vectors that a fit is made for
     CHANCE = _ABOVE_ALL_INDICES + 12  # whether there is a fit
+    PENALTY = _ABOVE_ALL_INDICES + 13  # the probes of a regulariser's diagonal
+    FLOOR = _ABOVE_ALL_INDICES + 14  # the noise at the level of rounding, of a fit
 
 
 def fold(key: jax.Array, purpose: Purpose) -> jax.Array:

@@ -11,6 +11,8 @@ J_i = d z_i / d theta, H_i = d^2 l / d z_i^2, g_i = J_i^T d l / d z_i the gradie
 | `fvp(fisher="sampled")` | sum_i w_i g_i g_i^T / W with one target per example drawn from the model |
 | `fvp(fisher="empirical")` | sum_i w_i g_i g_i^T / W with the targets of the batch: not the Fisher |
 
+The Hessian of the objective's regulariser, if it has one, is added to each of them, once: it is part of the loss.
+
 For sequence outputs an example is what the loss calls one: a position. All products are taken in float32, or in
 float64 where a parameter is (others are read exactly, then cast; see `curvtrain/_dtypes.py`), and walk the batch in
 `objective.microbatch` pieces.
@@ -112,7 +114,13 @@ def ggn_gram(
             return sum(map(inner, Jv, HJv)), jnp.sum(loss.weights(z, piece))
 
     total, weight = objective.accumulate(sums, batch, key)
-    return total / safe(weight)
+    gram = total / safe(weight)
+    if objective.regulariser is None:
+        return gram
+    of_penalty = jax.vmap(lambda v: _of_penalty(objective, params, v))(stacked)
+    inner = lambda u, h: u.reshape(len(vectors), -1) @ h.reshape(len(vectors), -1).T
+    with trees.exact():
+        return sum(map(inner, jax.tree.leaves(stacked), jax.tree.leaves(of_penalty)), gram)
 
 
 def fvp(
@@ -144,6 +152,11 @@ def fvp(
         raise TypeError(
             f"fvp(fisher='sampled') draws targets from the model, and {type(loss).__name__} cannot be sampled: it has "
             f"no sample_targets of its own. Use ggnvp or fisher='empirical', or define it."
+        )
+    if why := objective.coupling(params, batch, key):
+        raise ValueError(
+            f"fvp(fisher={fisher!r}) takes gradients of single examples, but {why}. Use hvp or ggnvp, which are those "
+            f"of the loss of the whole batch."
         )
     if fisher == "sampled" and key is None:
         raise ValueError("fvp(fisher='sampled') draws targets from the model and needs a key.")
@@ -197,8 +210,12 @@ def _mean_product(product, objective, params, vector, batch, key):
     """The mean of `product(params, vector, piece, key) -> (C v of the piece's mean, weight)` over the pieces."""
     _check(params)
     params, vector, dtype = trees.wide(params), _like(params, vector), trees.width(params)
+
+    def whole(Cv):
+        return Cv if objective.regulariser is None else trees.add(Cv, _of_penalty(objective, params, vector))
+
     if objective.in_one_piece(batch):
-        return product(params, vector, batch, key)[0]
+        return whole(product(params, vector, batch, key)[0])
 
     def sums(piece, key):
         Cv, weight = product(params, vector, piece, key)
@@ -206,7 +223,12 @@ def _mean_product(product, objective, params, vector, batch, key):
         return trees.scale(weight, Cv), weight
 
     total, weight = objective.accumulate(sums, batch, key)
-    return trees.scale(1.0 / safe(weight), total)
+    return whole(trees.scale(1.0 / safe(weight), total))
+
+
+def _of_penalty(objective, params, vector):
+    """The Hessian of the regulariser times a vector."""
+    return jax.jvp(jax.grad(objective.penalty), (params,), (vector,))[1]
 
 
 def _mean(cotangents: list[jax.Array], weight: jax.Array) -> list[jax.Array]:

@@ -87,7 +87,8 @@ def fosi(
     (It takes functions for schedules: a `momentum` that is a function has to be among its `static_args`.)
 
     Before the first refresh, and for pairs that have not converged, this is `base` alone. Decoupled weight decay in
-    `base` acts on the complement only; to decay all of the parameters, put the decay in the loss.
+    `base` acts on the complement only; to decay all of the parameters, give the Trainer or the
+    objective a `regulariser`.
 
     Args:
       base: any optax transformation; it sees the parameter pytree, so masks, partitions and per-layer rules work.

@@ -43,7 +43,7 @@ class Trainer(abc.ABC):
     """Owns model, data and mesh, trains, evaluates and checkpoints.
 
     Subclass it and say what is trained: the attribute `loss` and the methods `build_model`, `predict` and, if you
-    like, `metrics`. Nothing else is meant to be overridden.
+    like, `metrics` and `regulariser`. Nothing else is meant to be overridden.
 
     Args:
       config: the options of the run.
@@ -109,7 +109,8 @@ class Trainer(abc.ABC):
         distributed.start()
         self.config = config
         self._eval_data, self._hooks = eval_data, tuple(hooks)
-        task = Task(name, self.build_model, self.predict, self.loss, self._metrics, trainable)
+        regulariser = None if type(self).regulariser is Trainer.regulariser else self.regulariser
+        task = Task(name, self.build_model, self.predict, self.loss, self._metrics, trainable, regulariser)
         schedule = schedule or CurvatureSchedule()
         self._plan = Plan(config, task, train_data, optimizer, curvature, schedule, eval_params)
         if eval_data is not None:
@@ -134,6 +135,15 @@ class Trainer(abc.ABC):
         count in no metric; of the data's own mask, a `clu.metrics.Metric` knows what it is told here.
         """
         return self.loss.metrics(outputs, batch)
+
+    def regulariser(self, params: Any) -> Any:
+        """Returns a penalty of the parameters, a scalar, which is added to the mean loss.
+
+        It is a part of the loss in every value that is reported ("loss" is with it, and "penalty" is it alone), in
+        gradients, products and the curvature that is made of them; `accumulate` adds it once to a batch. `params` are
+        the trained parameters, a nested dict in the model's own structure. The default is none.
+        """
+        return None
 
     # -- for users -------------------------------------------------------------------------------------------------
 

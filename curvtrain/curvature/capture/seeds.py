@@ -29,7 +29,7 @@ Cotangents = list[jax.Array]
 
 FISHERS = ("exact", "ggn", "sampled", "empirical")
 _PASSES = 1024  # the most backward passes that an exact Fisher takes before it is refused
-_AT_ONCE = 16  # of them, mapped over at a time
+AT_ONCE = 16  # of them, mapped over at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Seeds:
 
         index = jnp.arange(self.count)
         many = lambda i: jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.vmap(one)(i))
-        if self.count <= _AT_ONCE:
+        if self.count <= AT_ONCE:
             return many(index)
-        chunk = next(c for c in range(_AT_ONCE, 0, -1) if self.count % c == 0)
+        chunk = next(c for c in range(AT_ONCE, 0, -1) if self.count % c == 0)
         shapes = jax.eval_shape(many, index[:chunk])
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         add = lambda t, i: (jax.tree.map(jnp.add, t, many(i)), None)
@@ -102,6 +102,21 @@ def seeds_of(loss: Loss, outputs: PyTree, piece: Any, key: jax.Array | None, fis
         seeds = Seeds([r[None] for r in jax.grad(total)(floats(clean))])
     columns = [c.astype(dtype) for c, dtype in zip(seeds.columns, dtypes, strict=True)]
     return dataclasses.replace(seeds, columns=columns)
+
+
+def reach_of(loss: Loss, outputs: PyTree, piece: Any) -> Cotangents:
+    """Cotangents that are zero for masked outputs and generic elsewhere: what they leave at zero reaches no other."""
+    w = loss.weights(outputs, piece)
+
+    def of(i, z):
+        noise = jax.random.normal(jax.random.key(i), z.shape).astype(z.dtype)  # a fixed pattern: nothing is drawn
+        shape = next((w.shape[:k] for k in range(w.ndim, 0, -1) if z.shape[:k] == w.shape[:k]), None)
+        if shape is None:
+            return noise
+        seen = jnp.any(w.reshape(*shape, -1) != 0, axis=-1)
+        return jnp.where(seen.reshape(*shape, *(1,) * (z.ndim - len(shape))), noise, 0)
+
+    return [of(i, z) for i, z in enumerate(floats(outputs))]
 
 
 def _drawn(loss, clean, piece, key, who):

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain import _checks
+from curvtrain._keys import Purpose, fold
 from curvtrain.curvature import trees
 
 PyTree = Any
@@ -208,7 +209,7 @@ class Preconditioner(abc.ABC):
         leaves, treedef = jax.tree.flatten(self.noisy(key, h))
         if not self.share(structure, whitens):
             return treedef.unflatten(leaves)
-        seeds = jax.random.bits(jax.random.fold_in(key, 1), (len(leaves),), jnp.uint32)
+        seeds = jax.random.bits(fold(key, Purpose.FLOOR), (len(leaves),), jnp.uint32)
         floors = self.floors(structure, h, whitens)
         wide = lambda floor, a: floor.reshape(1, *floor.shape, *(1,) * (a.ndim - 1 - floor.ndim))
         more = [wide(floor, a) * signs(seed, a.shape) for a, seed, floor in zip(leaves, seeds, floors, strict=True)]

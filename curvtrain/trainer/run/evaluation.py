@@ -33,6 +33,11 @@ def evaluate(
     for index, (batch, real) in enumerate(batches):
         if interrupted():
             return None
+        if plan.coupling and not real.all():
+            raise ValueError(
+                f"evaluate(data): the last batch was padded to {plan.eval_batch_size} examples, but {plan.coupling}: "
+                f"padding would change it. Give TrainerConfig(eval_batch_size) a divisor of the number of examples."
+            )
         rows = int(real.sum())
         put = plan.batches.put({"batch": batch, "real": real}, whole=True)
         cut = rows if rows < len(real) and plan.metrics_count_rows else None

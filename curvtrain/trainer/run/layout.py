@@ -37,6 +37,7 @@ class Task:
       loss: the loss of the outputs.
       metrics: `(outputs, batch) -> values`.
       trainable: an NNX filter of the parameters that are trained.
+      regulariser: a penalty of the parameters, or None.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Task:
     loss: Loss
     metrics: MetricsFn
     trainable: Any = nnx.Param
+    regulariser: Callable[[PyTree], Any] | None = None
 
 
 class Layout:
@@ -135,6 +137,7 @@ class Layout:
             task.loss,
             microbatch=None if config.accumulate == 1 else config.batch_size // config.accumulate,
             wrt=self._trained(model),
+            regulariser=task.regulariser,
         )
         state = TrainState(
             step=jnp.int32(0),

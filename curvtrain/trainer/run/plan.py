@@ -72,6 +72,7 @@ class Plan:
         self.programs = Programs(config, self.layout, self.tx, settled, task.metrics, batch, wide_batch, eval_params)
         self.refresh_note = self._refresh_note(schedule, settled)
         self.outputs = self._abstract_outputs()
+        self.coupling = self._checked_coupling(schedule)
         self.metrics_count_rows = True  # until an evaluation is checked
         self.check_batch(self.data.sample())
         self.data.check = self.check_batch
@@ -112,6 +113,7 @@ class Plan:
         """
         first, sample = first_and_sample(data, self.eval_batch_size, argument)
         self.check_batch(sample)
+        self.check_padding(data, argument)
         state = self.layout.state
         params, model_state = state.evaluated
         opt_state = None if self.eval_params is None else state.opt_state
@@ -146,9 +148,37 @@ class Plan:
         programs = [ProgramReport.of(str(kind), self.programs.step(kind)) for kind in self.programs.kinds]
         return DryRun(programs, self.state_report(), dict(self.mesh.shape), batch_size(self.programs.batch))
 
+    def check_padding(self, data: Any, argument: str) -> None:
+        """Raises ValueError if the loss of an example depends on others, and data would be padded to be evaluated."""
+        rest = batch_size(data) % self.eval_batch_size if isinstance(data, Mapping) and data else 0
+        if self.coupling and rest:
+            raise ValueError(
+                f"{argument} has {batch_size(data)} examples, so that the last of the batches of {self.eval_batch_size}"
+                f" would be padded, but {self.coupling}: padding would change it. Give TrainerConfig(eval_batch_size), "
+                f"on which such a loss depends, a divisor of the number of examples."
+            )
+
+    def _checked_coupling(self, schedule: CurvatureSchedule) -> str:
+        """Says how examples' losses depend on each other. Raises ValueError where batches are walked in pieces."""
+        whole, state = self.layout.objective.with_microbatch(None), self.layout.state
+        said: list[str] = []
+        look = lambda state, batch: said.append(state.at(whole).coupling(state.params, batch, None, self.outputs))
+        jax.eval_shape(look, state, self.programs.batch)
+        (why,) = said
+        accumulate = f"TrainerConfig(accumulate={self.config.accumulate})"
+        wide = f"CurvatureSchedule(batch_size={schedule.batch_size})"
+        pieces = accumulate if self.config.accumulate > 1 else wide if self.refresh_multiple > 1 else ""
+        if why and pieces:
+            raise ValueError(
+                f"{pieces} takes a batch in pieces, but {why}: in pieces it would be another loss. Leave it out, or, "
+                f"to have examples compared within smaller batches, take a smaller TrainerConfig(batch_size) and "
+                f"average gradients over several of them with optax.MultiSteps."
+            )
+        return why
+
     def _abstract_outputs(self) -> Any:
-        state = self.layout.state
-        predict = lambda state, batch: state.at(self.layout.objective).predict(state.params, batch)
+        state, objective = self.layout.state, self.layout.objective.with_microbatch(None)
+        predict = lambda state, batch: state.at(objective).predict(state.params, batch)
         return jax.eval_shape(predict, state, self.programs.batch)
 
     def _refresh_note(self, schedule: CurvatureSchedule, settled: CurvatureSchedule) -> str:

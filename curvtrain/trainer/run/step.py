@@ -20,7 +20,7 @@ from curvtrain.losses import weight_like
 from curvtrain.objective import Objective
 from curvtrain.trainer.run.extra import extra_args
 from curvtrain.trainer.state import TrainState
-from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces
+from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces, with_penalty
 
 PyTree = Any
 MetricsFn = Callable[[Any, Any], Mapping[str, Any]]  # (outputs, batch) -> per-example values
@@ -114,10 +114,11 @@ def train_step(
             ema=None if ema is None else moving_average(state.ema, moved, ema),
             ema_model_state=None if ema is None else moving_average(state.ema_model_state, model_state, ema),
         )
+        seen = with_penalty(reduce_pieces(seen), _penalty(here, state.params))
         if not skips:
-            return after, (reduce_pieces(seen), None)
+            return after, (seen, None)
         fine = all_finite((loss, grads, moved))
-        return _if_fine(fine, after, state), (reduce_pieces(seen), ~fine)
+        return _if_fine(fine, after, state), (seen, ~fine)
 
     return step
 
@@ -131,6 +132,10 @@ def _if_fine(fine: jax.Array, after: TrainState, before: TrainState) -> TrainSta
 def all_finite(tree: PyTree) -> jax.Array:
     """Says whether every element of a tree is finite, as a bool ()."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(tree)]))
+
+
+def _penalty(objective: Objective, params: PyTree) -> jax.Array | None:
+    return None if objective.regulariser is None else objective.penalty(params)
 
 
 def average_of(tree: PyTree) -> PyTree:
@@ -186,7 +191,8 @@ def eval_step(
                 f"The loss has values of shape {weights.shape} for {len(real)} examples, so it is not known which of "
                 f"them are of the rows that pad a batch: give it one value per example."
             )
-        return measure(metrics_fn(outputs, batch), jnp.where(weight_like(real, weights), weights, 0.0))
+        seen = measure(metrics_fn(outputs, batch), jnp.where(weight_like(real, weights), weights, 0.0))
+        return with_penalty(seen, _penalty(here, params))
 
     return step
 

@@ -68,6 +68,15 @@ def counts_rows(metrics: Metrics) -> bool:
     return any(not isinstance(metric, Mean) for metric in metrics.values())
 
 
+def with_penalty(metrics: Metrics, penalty: jax.Array | None) -> Metrics:
+    """The metrics with a penalty in every example's loss, and by itself; None adds nothing."""
+    if penalty is None:
+        return metrics
+    loss: Any = metrics["loss"]
+    alone = Mean(total=penalty * loss.count, count=loss.count)
+    return {**metrics, "loss": Mean(total=loss.total + alone.total, count=loss.count), "penalty": alone}
+
+
 def merge(first: Metrics | None, second: Metrics) -> Metrics:
     """The metrics of two sets of examples, from those of each."""
     return second if first is None else {name: metric.merge(second[name]) for name, metric in first.items()}
