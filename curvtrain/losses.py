@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from curvtrain._dtypes import FLOAT32, wide, width
 from curvtrain._outputs import floats, with_floats
 
 Batch = Mapping[str, Any]
@@ -28,20 +29,21 @@ Batch = Mapping[str, Any]
 RESERVED = ("mask", "weights")  # the entries of a batch that weight its examples
 
 
-def example_weights(batch: Any, shape: tuple[int, ...]) -> jax.Array:
+def example_weights(batch: Any, shape: tuple[int, ...], dtype: Any = FLOAT32) -> jax.Array:
     """The weight of each example, from the batch's `mask` and `weights` entries.
 
     Args:
       batch: anything; only a mapping can carry weights.
       shape: the shape of the per-example values, (batch,) or (batch, time).
+      dtype: that of the values.
 
     Returns:
-      float32 of that shape; ones where the batch carries no weights.
+      An array of that shape and dtype; ones where the batch carries no weights.
 
     Raises:
       ValueError: an entry's shape is not a prefix of `shape`.
     """
-    weights = jnp.ones(shape, jnp.float32)
+    weights = jnp.ones(shape, dtype)
     for name in RESERVED:
         if not isinstance(batch, Mapping) or name not in batch:
             continue
@@ -52,7 +54,7 @@ def example_weights(batch: Any, shape: tuple[int, ...]) -> jax.Array:
                 f"weight per example, shape {shape[:1]} or {shape} (a mask over time needs a loss with one value per "
                 f"position: integer labels of shape (batch, time), or sequence=True)."
             )
-        weights = weights * entry.astype(jnp.float32).reshape(entry.shape + (1,) * (len(shape) - entry.ndim))
+        weights = weights * entry.astype(dtype).reshape(entry.shape + (1,) * (len(shape) - entry.ndim))
     return weights
 
 
@@ -76,11 +78,12 @@ class Loss(abc.ABC):
 
     @abc.abstractmethod
     def values(self, outputs: Any, batch: Batch) -> jax.Array:
-        """The loss of each example, unweighted: float32, shape (batch,) or (batch, time)."""
+        """The loss of each example, unweighted: (batch,) or (batch, time), float64 if the outputs are, or float32."""
 
     def weights(self, outputs: Any, batch: Batch) -> jax.Array:
         """The weight of each example, in the shape of `values`."""
-        return example_weights(batch, jax.eval_shape(self.values, outputs, batch).shape)
+        values = jax.eval_shape(self.values, outputs, batch)
+        return example_weights(batch, values.shape, width(values))
 
     def hessian_product(self, outputs: Any, batch: Batch, tangent: Any) -> Any:
         """H_l times `tangent`, per example and times its weight; the Hessian is taken in output space.
@@ -136,18 +139,18 @@ class SoftmaxCrossEntropy(Loss):
                 f"SoftmaxCrossEntropy(labels={self.labels!r}) needs labels of shape {outputs.shape[:-1]} for outputs "
                 f"of shape {outputs.shape}, not {labels.shape}."
             )
-        log_p = jax.nn.log_softmax(outputs.astype(jnp.float32))
+        log_p = jax.nn.log_softmax(wide(outputs))
         return -jnp.take_along_axis(log_p, labels[..., None].astype(jnp.int32), axis=-1)[..., 0]
 
     def hessian_columns(self, outputs):
-        p = jax.nn.softmax(outputs.astype(jnp.float32))
+        p = jax.nn.softmax(wide(outputs))
         # S_c = sqrt(p_c) (e_c - p): sum_c p_c (e_c - p)(e_c - p)^T = diag(p) - p p^T
         unit = jnp.expand_dims(jnp.eye(outputs.shape[-1], dtype=p.dtype), tuple(range(1, outputs.ndim)))
         root = jnp.moveaxis(jnp.sqrt(p), -1, 0)[..., None]
         return root * (unit - p[None])
 
     def sample_targets(self, outputs, batch, key):
-        labels = jax.random.categorical(key, outputs.astype(jnp.float32))
+        labels = jax.random.categorical(key, wide(outputs))
         return {**batch, self.labels: labels.astype(jnp.int32)}
 
     def metrics(self, outputs, batch):
@@ -192,7 +195,7 @@ class _Elementwise(Loss):
         targets = jnp.asarray(_entry(batch, key, option))
         if targets.shape != outputs.shape:
             raise ValueError(f"{option}={key!r} has shape {targets.shape}, but the outputs have {outputs.shape}.")
-        return targets.astype(jnp.float32)
+        return targets.astype(width(outputs))
 
     def _check_real(self, batch: Mapping[str, np.ndarray], key: str, option: str) -> np.ndarray:
         targets = np.asarray(_entry(batch, key, option))
@@ -215,14 +218,14 @@ class SquaredError(_Elementwise):
 
     def values(self, outputs, batch):
         targets = self._matching(outputs, batch, self.targets, "SquaredError(targets)")
-        return self._sum(0.5 * jnp.square(outputs.astype(jnp.float32) - targets), self.sequence)
+        return self._sum(0.5 * jnp.square(wide(outputs) - targets), self.sequence)
 
     def hessian_columns(self, outputs):
-        return self._columns(jnp.ones(outputs.shape, jnp.float32), self.sequence)
+        return self._columns(jnp.ones(outputs.shape, width(outputs)), self.sequence)
 
     def sample_targets(self, outputs, batch, key):
-        mean = outputs.astype(jnp.float32)
-        return {**batch, self.targets: mean + jax.random.normal(key, mean.shape)}
+        mean = wide(outputs)
+        return {**batch, self.targets: mean + jax.random.normal(key, mean.shape, mean.dtype)}
 
     def check(self, batch, outputs):
         self._check_real(batch, self.targets, "SquaredError(targets)")
@@ -241,16 +244,16 @@ class SigmoidCrossEntropy(_Elementwise):
 
     def values(self, outputs, batch):
         t = self._matching(outputs, batch, self.labels, "SigmoidCrossEntropy(labels)")
-        z = outputs.astype(jnp.float32)
+        z = wide(outputs)
         return self._sum(jax.nn.softplus(z) - t * z, self.sequence)
 
     def hessian_columns(self, outputs):
-        p = jax.nn.sigmoid(outputs.astype(jnp.float32))
+        p = jax.nn.sigmoid(wide(outputs))
         return self._columns(jnp.sqrt(p * (1 - p)), self.sequence)
 
     def sample_targets(self, outputs, batch, key):
-        p = jax.nn.sigmoid(outputs.astype(jnp.float32))
-        return {**batch, self.labels: jax.random.bernoulli(key, p).astype(jnp.float32)}
+        p = jax.nn.sigmoid(wide(outputs))
+        return {**batch, self.labels: jax.random.bernoulli(key, p).astype(p.dtype)}
 
     def check(self, batch, outputs):
         labels = self._check_real(batch, self.labels, "SigmoidCrossEntropy(labels)")
@@ -271,4 +274,4 @@ class PerExample(Loss):
     function: Callable[[Any, Batch], jax.Array]
 
     def values(self, outputs, batch):
-        return self.function(outputs, batch).astype(jnp.float32)
+        return wide(self.function(outputs, batch))

@@ -71,14 +71,14 @@ class Curvature(Estimate):
         )
 
     def diagonal(self) -> PyTree:
-        """The diagonal of C, float32, like the parameters."""
+        """The diagonal of C, like the parameters; float64 where one of them is, otherwise float32."""
         raise TypeError(
             f"{type(self).__name__} does not know its diagonal. Curvatures of Lanczos, DiagonalFisher, "
             f"KroneckerDiagonal, UnitWise, FullBlock and KFAC do."
         )
 
     def logdet(self, damping: jax.Array | float) -> jax.Array:
-        """log |det(C + damping I)|, a float32 scalar."""
+        """log |det(C + damping I)|, a scalar."""
         raise TypeError(
             f"{type(self).__name__} does not know its determinant. Curvatures of Lanczos, DiagonalFisher, "
             f"KroneckerDiagonal, UnitWise, FullBlock and KFAC do."
@@ -88,7 +88,7 @@ class Curvature(Estimate):
         """C as a dense (n, n) matrix in `ravel_pytree(params)` order. Tests and small problems only."""
         if self.like() is None:
             raise TypeError(f"{type(self).__name__} does not say which vectors it acts on: give it a method like().")
-        flat, unravel = ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), self.like()))
+        flat, unravel = ravel_pytree(jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.like()))
         column = lambda e: ravel_pytree(self.matvec(unravel(e)))[0]
         return jax.lax.map(column, jnp.eye(flat.size, dtype=flat.dtype)).T
 

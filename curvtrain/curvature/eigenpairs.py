@@ -25,11 +25,13 @@ class Eigenpairs(Curvature):
     a positive one. A damping whose value is known and not positive raises ValueError, be it a number or an array; one
     that is traced makes the result NaN.
 
+    Floating-point arrays are float64 where a parameter is, float32 otherwise.
+
     Attributes:
-      values: float32 (k + l,): the k largest, descending, then the l smallest, ascending (with `select="magnitude"`:
+      values: (k + l,): the k largest, descending, then the l smallest, ascending (with `select="magnitude"`:
         by descending magnitude). Zeros before the first refresh.
-      vectors: float32 pytree like the parameters, every leaf (k + l, *param.shape).
-      residuals: float32 (k + l,): |C v_i - lambda_i v_i|; inf before the first refresh.
+      vectors: pytree like the parameters, every leaf (k + l, *param.shape).
+      residuals: (k + l,): |C v_i - lambda_i v_i|; inf before the first refresh.
       converged: bool (k + l,): whether the residual is small enough for the pair to be used; other pairs are ignored
         by every operation. Unless given, residual <= 0.1 |value|, as `Lanczos` has it by default.
       refreshes: int32 (): refreshes so far.
@@ -54,11 +56,11 @@ class Eigenpairs(Curvature):
         return jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape[1:], v.dtype), self.vectors)
 
     def coefficients(self, vector: PyTree) -> jax.Array:
-        """V v, zero for the pairs that have not converged: float32 (k + l,)."""
+        """V v, zero for the pairs that have not converged: (k + l,)."""
         return jnp.where(self.converged, trees.coefficients(self.vectors, vector), 0.0)
 
     def combine(self, coefficients: jax.Array) -> PyTree:
-        """V^T c: a float32 vector like the parameters."""
+        """V^T c: a vector like the parameters."""
         return trees.combine(coefficients, self.vectors)
 
     def matvec(self, vector: PyTree) -> PyTree:
@@ -70,21 +72,21 @@ class Eigenpairs(Curvature):
 
         Along an eigenvector it is 1 / (lambda + damping), whatever the sign. Raises ValueError unless damping > 0.
         """
-        damping = _positive("solve", damping)
+        damping = self._positive("solve", damping)
         inverse = 1.0 / (self.values + damping) - 1.0 / damping
         inside = self.combine(jnp.where(self.converged, inverse, 0.0) * self.coefficients(vector))
-        return trees.add(trees.scale(1.0 / damping, trees.float32(vector)), inside)
+        return trees.add(trees.scale(1.0 / damping, trees.wide(vector)), inside)
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v: damping^exponent v outside the eigenvectors.
 
         It is NaN where lambda + damping is negative and the exponent no integer. Raises ValueError unless damping > 0.
         """
-        damping = _positive("power", damping)
+        damping = self._positive("power", damping)
         outside = damping**exponent
         inside = (self.values + damping) ** exponent - outside
         inside = self.combine(jnp.where(self.converged, inside, 0.0) * self.coefficients(vector))
-        return trees.add(trees.scale(outside, trees.float32(vector)), inside)
+        return trees.add(trees.scale(outside, trees.wide(vector)), inside)
 
     def as_matrix(self) -> jax.Array:
         V = trees.matrix(self.vectors)
@@ -97,31 +99,30 @@ class Eigenpairs(Curvature):
 
     def logdet(self, damping: jax.Array | float) -> jax.Array:
         """log |det(C + damping I)|: n log(damping), corrected for the pairs. Raises ValueError unless damping > 0."""
-        damping = _positive("logdet", damping)
+        damping = self._positive("logdet", damping)
         inside = jnp.where(self.converged, jnp.log(jnp.abs(self.values + damping)) - jnp.log(damping), 0.0)
         return trees.size(self.like()) * jnp.log(damping) + jnp.sum(inside)
 
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and smallest value, worst relative residual of the used pairs, how many are used, products spent."""
         used = self.converged
-        relative = self.residuals / jnp.maximum(jnp.abs(self.values), jnp.finfo(jnp.float32).tiny)
+        relative = self.residuals / jnp.maximum(jnp.abs(self.values), jnp.finfo(self.values.dtype).tiny)
         return {
             "eigenvalue_max": jnp.max(jnp.where(used, self.values, -jnp.inf), initial=-jnp.inf, where=used),
             "eigenvalue_min": jnp.min(self.values, initial=jnp.inf, where=used),
             "residual_max": jnp.max(relative, initial=0.0, where=used),
-            "eigenpairs": jnp.sum(used),
+            "eigenpairs": jnp.sum(used, dtype=jnp.int32),
             "products": self.products,
             "failures": self.failures,
         }
 
-
-def _positive(method: str, damping: jax.Array | float) -> jax.Array:
-    """The damping as a float32 scalar, NaN if it is not positive. Raises ValueError if that is known already."""
-    try:
-        refused = bool(jnp.asarray(damping) <= 0)
-    except jax.errors.ConcretizationTypeError:
-        refused = False
-    if refused:
-        raise ValueError(f"Eigenpairs.{method}(damping) should be positive (C has low rank), not {damping}.")
-    damping = jnp.asarray(damping, jnp.float32)
-    return jnp.where(damping > 0, damping, jnp.nan)
+    def _positive(self, method: str, damping: jax.Array | float) -> jax.Array:
+        """The damping in the values' dtype, NaN if it is not positive. Raises ValueError if that is known already."""
+        try:
+            refused = bool(jnp.asarray(damping) <= 0)
+        except jax.errors.ConcretizationTypeError:
+            refused = False
+        if refused:
+            raise ValueError(f"Eigenpairs.{method}(damping) should be positive (C has low rank), not {damping}.")
+        damping = jnp.asarray(damping, self.values.dtype)
+        return jnp.where(damping > 0, damping, jnp.nan)

@@ -14,7 +14,7 @@ Symbols, after Golub and Van Loan (2013), "Matrix computations", section 10.3:
 | beta | () | norm of the part of A q_{s-1} that is orthogonal to the basis |
 | leak | (m,) | the same norm for every column: non-zero for the last one, and where a restart dropped that part |
 
-What textbook Lanczos gets wrong in float32, and what is done here:
+All arrays have the dtype of the start vector. What textbook Lanczos gets wrong in floating point, and what is done:
 
 * *Orthogonality.* Each product is orthogonalised twice: by the three-term recurrence, which removes all but rounding,
   and by classical Gram-Schmidt against the whole basis; once more if that removed a noticeable part.
@@ -37,8 +37,7 @@ from curvtrain.curvature import trees
 
 PyTree = Any
 
-_EPS = float(jnp.finfo(jnp.float32).eps)
-_BREAKDOWN = 1e-5  # beta below this multiple of |T| is rounding noise of a float32 product
+_BREAKDOWN = 84  # beta below this multiple of the rounding of |T| is noise of a product: 1e-5 |T| in float32
 _REMOVED = 1e-3  # a Gram-Schmidt pass that removes this share of a vector or more is followed by another
 CHECK_EVERY = 5  # products between two looks at the residuals
 VERIFY = 6  # products that a random restart gets to turn up an eigenvalue that was missed
@@ -111,6 +110,8 @@ def iterate(
     """
 
     draw = draw or (lambda key, number: trees.random(key, start, number))
+    dtype = trees.width(start)
+    eps = float(jnp.finfo(dtype).eps)
 
     def body(carry: _Carry) -> _Carry:
         k, q, i = carry.krylov, carry.q, carry.krylov.s
@@ -122,7 +123,7 @@ def iterate(
 
         def look(_):
             theta, _, residual = ritz(k, select)
-            tolerance = stop * jnp.abs(theta) + 10 * _EPS * jnp.max(jnp.abs(theta))
+            tolerance = stop * jnp.abs(theta) + 10 * eps * jnp.max(jnp.abs(theta))
             converged = jnp.all(residual <= tolerance)
             return theta, converged, jnp.all(jnp.abs(theta - carry.seen) <= tolerance)
 
@@ -132,7 +133,7 @@ def iterate(
         theta, converged, unchanged = jax.lax.cond(due, look, missed, None)
         done = converged & carry.verifying & unchanged
         verify = converged & ~done
-        restart = verify | (beta <= _BREAKDOWN * jnp.max(jnp.abs(k.T)))
+        restart = verify | (beta <= _BREAKDOWN * eps * jnp.max(jnp.abs(k.T)))
 
         def fresh(_):
             z, _, length = _orthogonal(draw(key, i + 1), Q, len(Q) - 1)
@@ -152,17 +153,17 @@ def iterate(
         )
 
     rows = sum(blocks)
-    wanted = jax.eval_shape(select, jnp.zeros(rows), jnp.ones(rows, bool)).shape
-    T, leak = jnp.zeros((rows, rows), jnp.float32), jnp.zeros(rows, jnp.float32)
+    wanted = jax.eval_shape(select, jnp.zeros(rows, dtype), jnp.ones(rows, bool)).shape
+    T, leak = jnp.zeros((rows, rows), dtype), jnp.zeros(rows, dtype)
     empty = Krylov(tuple(trees.zeros(start, size) for size in blocks), T, leak, jnp.int32(0))
     carry = _Carry(
         krylov=empty,
         q=trees.scale(1.0 / trees.norm(start), start),
         previous=trees.zeros(start),
-        beta=jnp.float32(0),
+        beta=jnp.zeros((), dtype),
         look_at=jnp.int32(minimum),
         verifying=jnp.bool_(False),
-        seen=jnp.zeros(wanted, jnp.float32),
+        seen=jnp.zeros(wanted, dtype),
         done=jnp.bool_(False),
     )
     return jax.lax.while_loop(lambda c: (c.krylov.s < limit) & ~c.done, body, carry).krylov
@@ -218,7 +219,8 @@ def _orthogonal(w, Q, live):
 
     # A loop, so that both passes are one piece of the program. It also keeps XLA from fusing the write of the newest
     # row into every reader of the basis, for which it would copy the basis whole in each iteration.
-    start = w, jnp.zeros(rows, jnp.float32), jnp.float32(0), jnp.bool_(True), jnp.bool_(True)
+    dtype = trees.width(w)
+    start = w, jnp.zeros(rows, dtype), jnp.zeros((), dtype), jnp.bool_(True), jnp.bool_(True)
     w, c, length, _, _ = jax.lax.while_loop(lambda carry: carry[-1], one_pass, start)
     return w, c, length
 

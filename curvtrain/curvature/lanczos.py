@@ -1,9 +1,9 @@
 """Extreme eigenpairs of the Hessian or the GGN by Lanczos iteration, warm-started across refreshes.
 
 The spectrum estimation of FOSI (Sivan, Gabel, Schuster, ICLR 2024, arXiv 2302.08484, section 3 and appendix B), with
-these departures: float32 throughout, a start vector from the given key and the previous eigenvectors, the batch of
-this refresh, restarts on breakdown, residuals for every pair, and as many products as the residuals ask for. The
-iteration itself is in `krylov.py`.
+these departures: float32 unless a parameter is float64, a start vector from the given key and the previous
+eigenvectors, the batch of this refresh, restarts on breakdown, residuals for every pair, and as many products as the
+residuals ask for. The iteration itself is in `krylov.py`.
 """
 
 import dataclasses
@@ -97,10 +97,11 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
             raise ValueError(
                 f"Lanczos(k={self.k}, l={self.l}) asks for {pairs} eigenpairs of a model with {n} parameters."
             )
+        dtype = trees.width(params)
         return Eigenpairs(
-            values=jnp.zeros(pairs, jnp.float32),
+            values=jnp.zeros(pairs, dtype),
             vectors=trees.zeros(params, pairs),
-            residuals=jnp.full(pairs, jnp.inf, jnp.float32),
+            residuals=jnp.full(pairs, jnp.inf, dtype),
             converged=jnp.zeros(pairs, bool),
             refreshes=jnp.int32(0),
             products=jnp.int32(0),
@@ -120,7 +121,7 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
         n = trees.size(curvature.like())
         cold = min(self.m or 4 * pairs, n)
         warm = min(self.m or 2 * pairs + 2, n)
-        tiny = jnp.finfo(jnp.float32).tiny
+        tiny = jnp.finfo(curvature.values.dtype).tiny
         is_warm = jnp.any(curvature.converged) & ~_repeated(curvature) & self.warm_start
 
         packing = Packing.of_basis(curvature.vectors)

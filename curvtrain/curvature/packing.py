@@ -50,6 +50,7 @@ class Packing:
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
     groups: tuple[_Group, ...]
+    dtype: Any
 
     @classmethod
     def of_basis(cls, basis: PyTree, largest: int | None = None) -> "Packing":
@@ -66,11 +67,11 @@ class Packing:
             own = largest is not None and size > largest
             members.setdefault((shape if own or split else None, index if own else None), []).append(index)
         groups = [_Group(tuple(g), tuple(sizes[i] for i in g), shape) for (shape, _), g in members.items()]
-        return cls(treedef, shapes, tuple(groups))
+        return cls(treedef, shapes, tuple(groups), trees.width(basis))
 
     def pack(self, tree: PyTree) -> Packed:
-        """A vector like the parameters, or a basis, whose leaves are (rows, *shape), as float32 arrays."""
-        leaves = [leaf.astype(jnp.float32) for leaf in self.treedef.flatten_up_to(tree)]
+        """A vector like the parameters, or a basis, whose leaves are (rows, *shape), as arrays of the basis's dtype."""
+        leaves = [leaf.astype(self.dtype) for leaf in self.treedef.flatten_up_to(tree)]
 
         def join(group: _Group) -> jax.Array:
             own = [leaves[index] for index in group.leaves]
@@ -113,6 +114,9 @@ class Packing:
         starts = trees.offsets([math.prod(shape) for shape in self.shapes])
 
         def piece(group: _Group) -> jax.Array:
+            return of(group).astype(self.dtype)
+
+        def of(group: _Group) -> jax.Array:
             own = [starts[index] for index in group.leaves]
             if group.shape is not None:
                 return trees.noise(key, group.shape, own, draw)

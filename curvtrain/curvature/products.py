@@ -11,8 +11,9 @@ J_i = d z_i / d theta, H_i = d^2 l / d z_i^2, g_i = J_i^T d l / d z_i the gradie
 | `fvp(fisher="sampled")` | sum_i w_i g_i g_i^T / W with one target per example drawn from the model |
 | `fvp(fisher="empirical")` | sum_i w_i g_i g_i^T / W with the targets of the batch: not the Fisher |
 
-For sequence outputs an example is what the loss calls one: a position. All products are taken in float32 (parameters of
-another dtype are read exactly, then cast) and walk the batch in `objective.microbatch` pieces.
+For sequence outputs an example is what the loss calls one: a position. All products are taken in float32, or in
+float64 where a parameter is (others are read exactly, then cast; see `curvtrain/_dtypes.py`), and walk the batch in
+`objective.microbatch` pieces.
 
 Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Schraudolph (2002), "Fast curvature matrix-vector
 products"; Kunstner et al. (2019), arXiv 1905.12558, on the empirical Fisher.
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from curvtrain import _checks
+from curvtrain._dtypes import SPLIT, check_real
 from curvtrain._outputs import floats, with_floats
 from curvtrain.curvature import trees
 from curvtrain.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, unmasked, weight_like
@@ -47,16 +49,19 @@ def hvp(objective: Objective, params: PyTree, vector: PyTree, batch: Any, key: j
       batch, key: as for `objective.loss`; the key fixes dropout, so that H is one matrix.
 
     Returns:
-      float32, like `params`.
+      Like `params`; float64 where one of them is, otherwise float32.
     """
-
+    _check(params)
     if objective.in_one_piece(batch):  # divide the loss, not the product: that is as large as the parameters
         gradient = jax.grad(lambda p: objective.loss(p, batch, key))
-        return jax.jvp(gradient, (trees.float32(params),), (trees.float32(vector),))[1]  # v → H v
+        return jax.jvp(gradient, (trees.wide(params),), (_like(params, vector),))[1]  # v → H v
 
     def product(params, vector, piece, key):
-        total = lambda p: objective.total(p, piece, key)
-        _, Hv, weight = jax.jvp(jax.grad(total, has_aux=True), (params,), (vector,), has_aux=True)  # v → H v
+        def mean(p):
+            total, weight = objective.total(p, piece, key)
+            return total / safe(weight), weight
+
+        _, Hv, weight = jax.jvp(jax.grad(mean, has_aux=True), (params,), (vector,), has_aux=True)  # v → H v
         return Hv, weight
 
     return _mean_product(product, objective, params, vector, batch, key)
@@ -73,7 +78,8 @@ def ggnvp(objective: Objective, params: PyTree, vector: PyTree, batch: Any, key:
     def product(params, vector, piece, key):
         z, Jv, pull = _linearised_outputs(objective, params, vector, piece, key)
         HJv = loss.hessian_product(z, piece, with_floats(z, Jv))  # Jv → H J v, weights included
-        return pull(floats(HJv))[0], jnp.sum(loss.weights(z, piece))  # H J v → J^T H J v
+        weight = jnp.sum(loss.weights(z, piece))
+        return pull(_mean(floats(HJv), weight))[0], weight  # H J v → J^T H J v
 
     return _mean_product(product, objective, params, vector, batch, key)
 
@@ -81,14 +87,16 @@ def ggnvp(objective: Objective, params: PyTree, vector: PyTree, batch: Any, key:
 def ggn_gram(
     objective: Objective, params: PyTree, vectors: Sequence[PyTree], batch: Any, key: jax.Array | None = None
 ) -> jax.Array:
-    """V_i^T G V_j for k vectors like the parameters, float32 (k, k): k forward-mode products, and no backward pass.
+    """V_i^T G V_j for k vectors like the parameters, (k, k): k forward-mode products, and no backward pass.
 
     Arguments as for `ggnvp`. Raises TypeError on a loss-only objective.
     """
     objective.require_outputs("ggn_gram", "hvp, or Objective.from_model(model, predict, loss)")
     loss = objective.loss_of_outputs
-    params = trees.float32(params)
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(trees.float32, vectors))
+    _check(params)
+    dtype = trees.width(params)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(_like(params, vector) for vector in vectors))
+    params = trees.wide(params)
 
     def sums(piece, key):
         def outputs(p):
@@ -98,7 +106,7 @@ def ggn_gram(
         _, J, z = jax.linearize(outputs, params, has_aux=True)
         Jv = jax.vmap(J)(stacked)
         HJv = jax.vmap(lambda u: floats(loss.hessian_product(z, piece, with_floats(z, u))))(Jv)  # weights included
-        inner = lambda u, h: jnp.einsum("ia,ja->ij", *(x.reshape(len(vectors), -1).astype(jnp.float32) for x in (u, h)))
+        inner = lambda u, h: jnp.einsum("ia,ja->ij", *(x.reshape(len(vectors), -1).astype(dtype) for x in (u, h)))
         with trees.exact():
             return sum(map(inner, Jv, HJv)), jnp.sum(loss.weights(z, piece))
 
@@ -139,9 +147,9 @@ def fvp(
         w = loss.weights(z, piece)
         values = lambda leaves: jnp.sum(loss.values(unmasked(with_floats(z, leaves), w), targets))
         r = jax.grad(values)(floats(z))  # r_i = dl/dz_i, so g_i = J_i^T r_i
-        inner = lambda r, Jv: jnp.sum((r * Jv).astype(jnp.float32), axis=tuple(range(w.ndim, r.ndim)))
-        along = sum(map(inner, r, Jv))  # g_i . v
-        return pull([(weight_like(w * along, r) * r).astype(r.dtype) for r in r])[0], jnp.sum(w)
+        inner = lambda r, Jv: jnp.sum(trees.wide(r) * trees.wide(Jv), axis=tuple(range(w.ndim, r.ndim)))
+        along, weight = sum(map(inner, r, Jv)), jnp.sum(w)  # g_i . v
+        return pull(_mean([(weight_like(w * along, r) * r).astype(r.dtype) for r in r], weight))[0], weight
 
     return _mean_product(product, objective, params, vector, batch, key)
 
@@ -157,7 +165,7 @@ def matvec(
 
 def as_matrix(matvec: Callable[[PyTree], PyTree], params: PyTree) -> jax.Array:
     """The dense (n, n) matrix of a linear map, in `ravel_pytree(params)` order. Tests and small problems only."""
-    flat, unravel = ravel_pytree(trees.float32(params))
+    flat, unravel = ravel_pytree(trees.wide(params))
     return jax.lax.map(lambda e: ravel_pytree(matvec(unravel(e)))[0], jnp.eye(flat.size, dtype=flat.dtype)).T
 
 
@@ -174,7 +182,31 @@ def _linearised_outputs(objective, params, vector, piece, key):
 
 
 def _mean_product(product, objective, params, vector, batch, key):
-    """Adds `product(params, vector, piece, key) -> (C v, weight)` over the pieces and divides once."""
-    params, vector = trees.float32(params), trees.float32(vector)
-    total, weight = objective.accumulate(lambda piece, k: product(params, vector, piece, k), batch, key)
+    """The mean of `product(params, vector, piece, key) -> (C v of the piece's mean, weight)` over the pieces."""
+    _check(params)
+    params, vector, dtype = trees.wide(params), _like(params, vector), trees.width(params)
+    if objective.in_one_piece(batch):
+        return product(params, vector, batch, key)[0]
+
+    def sums(piece, key):
+        Cv, weight = product(params, vector, piece, key)
+        weight = weight.astype(dtype)
+        return trees.scale(weight, Cv), weight
+
+    total, weight = objective.accumulate(sums, batch, key)
     return trees.scale(1.0 / safe(weight), total)
+
+
+def _mean(cotangents: list[jax.Array], weight: jax.Array) -> list[jax.Array]:
+    """Cotangents of a sum over examples as those of the mean: a sum's derivatives overflow in float16."""
+    return [(u / safe(weight)).astype(u.dtype) for u in cotangents]
+
+
+def _like(params: PyTree, vector: PyTree) -> PyTree:
+    """A vector in the dtype in which products are taken."""
+    dtype = trees.width(params)
+    return jax.tree.map(lambda v: v.astype(dtype), vector)
+
+
+def _check(params: PyTree) -> None:
+    check_real(params, "The parameters of a curvature-vector product", SPLIT)

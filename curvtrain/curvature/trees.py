@@ -2,6 +2,9 @@
 
 No vector is ever flattened or concatenated, so every leaf keeps the sharding of its parameter: an inner product is a
 local contraction and one reduction of a scalar (of m scalars for a basis).
+
+What is made of parameters has the dtype that `width` chooses for them: float64 where one of them is, float32 otherwise.
+See `curvtrain/_dtypes.py` for the rule.
 """
 
 import functools
@@ -14,6 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvtrain._dtypes import cast as cast
+from curvtrain._dtypes import wide as wide
+from curvtrain._dtypes import width as width
+
 PyTree = Any
 
 exact = functools.partial(jax.default_matmul_precision, "highest")  # TF32 or bf16 contractions lose orthogonality
@@ -24,15 +31,10 @@ def size(params: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def float32(tree: PyTree) -> PyTree:
-    """The tree in float32: curvature is taken there whatever the parameters' own dtype."""
-    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-
-
 def zeros(params: PyTree, rows: int | None = None) -> PyTree:
-    """A float32 zero vector like the parameters, or a basis of `rows` of them."""
-    lead = () if rows is None else (rows,)
-    return jax.tree.map(lambda p: jnp.zeros(lead + p.shape, jnp.float32), params)
+    """A zero vector like the parameters, or a basis of `rows` of them, in the dtype of `width`."""
+    lead, dtype = () if rows is None else (rows,), width(params)
+    return jax.tree.map(lambda p: jnp.zeros(lead + p.shape, dtype), params)
 
 
 def offsets(sizes: Sequence[int]) -> list[int]:
@@ -41,15 +43,16 @@ def offsets(sizes: Sequence[int]) -> list[int]:
 
 
 def random(key: jax.Array, params: PyTree, draw: jax.Array | int = 0) -> PyTree:
-    """A float32 vector like the parameters: independent uniform entries of mean 0 and variance 1.
+    """A vector like the parameters: independent uniform entries of mean 0 and variance 1, in the dtype of `width`.
 
     For start vectors, where only the mean and the variance count. An entry is a hash of the key, of the number `draw`
     and of its index in the raveled vector: a few elementwise instructions, and the same number however the vector is
     stored.
     """
     leaves, treedef = jax.tree.flatten(params)
-    starts = offsets([leaf.size for leaf in leaves])
-    return treedef.unflatten([noise(key, p.shape, [start], draw)[0] for p, start in zip(leaves, starts, strict=True)])
+    starts, dtype = offsets([leaf.size for leaf in leaves]), width(params)
+    of = lambda p, start: noise(key, p.shape, [start], draw)[0].astype(dtype)
+    return treedef.unflatten([of(p, start) for p, start in zip(leaves, starts, strict=True)])
 
 
 def noise(key: jax.Array, shape: tuple[int, ...], starts: Sequence[int], draw: jax.Array | int = 0) -> jax.Array:
@@ -74,10 +77,10 @@ def _mixed(bits: jax.Array) -> jax.Array:
 
 
 def normal(key: jax.Array, params: PyTree, rows: int | None = None) -> PyTree:
-    """A float32 vector of standard normal entries like the parameters, or a basis of `rows` of them."""
-    lead = () if rows is None else (rows,)
+    """A vector of standard normal entries like the parameters, or a basis of `rows` of them, of `width`'s dtype."""
+    lead, dtype = () if rows is None else (rows,), width(params)
     leaves, treedef = jax.tree.flatten(params)
-    of = lambda i, p: jax.random.normal(jax.random.fold_in(key, i), lead + p.shape, jnp.float32)
+    of = lambda i, p: jax.random.normal(jax.random.fold_in(key, i), lead + p.shape, dtype)
     return treedef.unflatten([of(i, p) for i, p in enumerate(leaves)])
 
 
@@ -97,21 +100,23 @@ def scale(factor: jax.Array | float, a: PyTree) -> PyTree:
 
 
 def dot(a: PyTree, b: PyTree) -> jax.Array:
-    """<a, b>, a float32 scalar."""
+    """<a, b>, a scalar in the dtype of `width`."""
     # dot_general over all axes, not vdot: vdot ravels its arguments, which would gather a sharded leaf
     leaf = lambda x, y: jax.lax.dot_general(x, y, ((tuple(range(x.ndim)),) * 2, ((), ())))
+    dtype = width((a, b))
+    same = lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree)
     with exact():
-        parts = jax.tree.leaves(jax.tree.map(leaf, float32(a), float32(b)))
+        parts = jax.tree.leaves(jax.tree.map(leaf, same(a), same(b)))
     return functools.reduce(operator.add, parts)
 
 
 def norm(a: PyTree) -> jax.Array:
-    """|a|, a float32 scalar."""
+    """|a|, a scalar in the dtype of `width`."""
     return jnp.sqrt(dot(a, a))
 
 
 def coefficients(basis: PyTree, vector: PyTree) -> jax.Array:
-    """Q v: the m inner products of a basis with a vector, float32 (m,)."""
+    """Q v: the m inner products of a basis with a vector, (m,) in the basis's dtype."""
 
     def leaf(q, v):
         axes = tuple(range(v.ndim))

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from curvtrain import _checks
+from curvtrain._dtypes import SPLIT, check_real, wide, width
 from curvtrain._outputs import floats, with_floats
 from curvtrain.losses import Loss, unmasked
 from curvtrain.objective.paths import Path, by_path, nested, path_name
@@ -213,15 +214,16 @@ class Objective:
         return self._apply(params, self.model_state, batch, key, prepare)[0]
 
     def loss(self, params: PyTree, batch: Any, key: jax.Array | None = None) -> jax.Array:
-        """The mean loss over the (unmasked) examples: a float32 scalar."""
+        """The mean loss over the (unmasked) examples: a float32 scalar, or float64 where a parameter is."""
         total, weight = self.accumulate(lambda piece, k: self.total(params, piece, k), batch, key)
         return total / safe(weight)
 
     def total(self, params: PyTree, piece: Any, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """(sum_i w_i l_i, sum_i w_i) over one piece: what adds up over pieces, devices and processes."""
         if self._model is None:
-            return self._total_of_loss_fn(params, piece)
-        return self._total_of_outputs(self._apply(params, self.model_state, piece, key)[0], piece)
+            mean, weight = self._mean_of_loss_fn(params, piece)
+            return mean * weight, weight
+        return self._total_of_outputs(self._apply(params, self.model_state, piece, key)[0], piece, width(params))
 
     def value_and_grad(
         self,
@@ -257,17 +259,23 @@ class Objective:
 
         Returns:
           (loss, gradient, model state, observations, (sums, total weight)); the last is None without a measure.
+
+        Raises:
+          TypeError: parameters that are not real floating-point numbers.
         """
+        check_real(params, "The parameters of an objective", SPLIT)
+        whole = self.in_one_piece(batch)
 
         def piece_sums(state, piece, key):
             total, weight, grads, state, outputs, measured = self._passes(params, state, piece, key, measure)
+            grads = grads if whole else jax.tree.map(lambda g: weight * g, grads)
             # Behind a barrier, as a reduction over the outputs, such as an argmax, makes XLA compute them twice.
             seen = observe(jax.lax.optimization_barrier(outputs), piece) if observe is not None else None
             return state, (total, weight, grads, measured), seen
 
         sums = walk(piece_sums, self.model_state, batch, key, self.microbatch)
         state, (total, weight, grads, measured), seen = sums
-        grads = jax.tree.map(lambda g, p: (g / safe(weight)).astype(p.dtype), grads, params)
+        grads = jax.tree.map(lambda g, p: (g if whole else g / safe(weight)).astype(p.dtype), grads, params)
         return total / safe(weight), grads, state, seen, None if measure is None else (measured, weight)
 
     def measure(self, params: PyTree, batch: Any, key: jax.Array | None, measure: Measure) -> tuple[Any, jax.Array]:
@@ -285,7 +293,7 @@ class Objective:
         return self.microbatch is None or self.microbatch >= batch_size(batch)
 
     def accumulate(self, sums: Callable[[Any, jax.Array | None], Sums], batch: Any, key: jax.Array | None) -> Sums:
-        """Adds `sums(piece, key)` over the pieces of the batch, in float32; each piece has its own key."""
+        """Adds `sums(piece, key)` over the pieces of the batch, in their dtypes; each piece has its own key."""
         step = lambda state, piece, k: (state, sums(piece, k), None)
         return walk(step, None, batch, key, self.microbatch)[1]
 
@@ -308,13 +316,17 @@ class Objective:
         return self._model.apply(whole, model_state, piece, key, self.evaluating, prepare)
 
     def _passes(self, params, model_state, piece, key, measure, grads=True):
-        """(total loss, total weight, its gradient or None, model state, outputs, measured) of one piece."""
+        """(total loss, total weight, the mean's gradient or None, model state, outputs, measured) of one piece.
+
+        Derivatives are those of the mean: the seeds of a sum add up to gradients that overflow in float16. Where a
+        measure reads the slots' cotangents for the total, the gradient is divided afterwards instead.
+        """
         if self._model is None:
             if measure is not None:
                 self._require_outputs("measure")
-            value = jax.value_and_grad(self._total_of_loss_fn, has_aux=True)
-            (total, weight), gradient = value(params, piece)
-            return total, weight, _float32(gradient), model_state, None, None
+            value = jax.value_and_grad(self._mean_of_loss_fn, has_aux=True)
+            (mean, weight), gradient = value(params, piece)
+            return mean * weight, weight, wide(gradient), model_state, None, None
         slots, put = ({}, None) if measure is None else measure.prepare(piece)
 
         def forward(params, slots):
@@ -323,33 +335,43 @@ class Objective:
             return floats(outputs), (outputs, state)
 
         z, pull, (outputs, state) = jax.vjp(forward, params, slots, has_aux=True)
-        of_outputs = lambda z: self._total_of_outputs(with_floats(outputs, z), piece)
-        (total, weight), seeds = jax.value_and_grad(of_outputs, has_aux=True)(z)
+        rides = measure is not None and measure.rides(outputs, piece)
+
+        def of_outputs(z):
+            total, weight = self._total_of_outputs(with_floats(outputs, z), piece, width(params))
+            return total if rides else total / safe(weight), (total, weight)
+
+        (_, (total, weight)), seeds = jax.value_and_grad(of_outputs, has_aux=True)(z)
         gradient, own = pull(seeds)
+        gradient = wide(gradient)
+        if rides:
+            gradient = jax.tree.map(lambda g: g / safe(weight), gradient)
         measured = None
         if measure is not None:
             measured = measure.sums(lambda seeds: pull(seeds)[1], own, outputs, piece, key)
-        return total, weight, _float32(gradient) if grads else None, state, outputs, measured
+        return total, weight, gradient if grads else None, state, outputs, measured
 
-    def _total_of_outputs(self, outputs, piece):
+    def _total_of_outputs(self, outputs, piece, dtype):
         """(sum_i w_i l_i, sum_i w_i)."""
         loss = self._require_outputs("This").loss
         weights = loss.weights(outputs, piece)
         values = loss.values(unmasked(outputs, weights), piece)
         # where, not a product: a masked example may hold anything, and 0 * inf is not 0
-        return jnp.sum(jnp.where(weights != 0, weights * values, 0.0)), jnp.sum(weights)
+        total = jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
+        return total.astype(dtype), jnp.sum(weights).astype(dtype)
 
-    def _total_of_loss_fn(self, params, piece):
-        """(the mean loss of a piece times its weight, its weight)."""
+    def _mean_of_loss_fn(self, params, piece):
+        """(the mean loss of a piece, its weight)."""
         assert self._loss_fn is not None
-        weight = loss_only_weight(piece)
         value = self._loss_fn(self._with_frozen_leaves(params), piece)
         if jnp.shape(value) != ():
             raise ValueError(
                 f"The function given to Objective.from_loss should return a scalar, not shape {jnp.shape(value)}."
             )
-        return jnp.asarray(value, jnp.float32) * weight, weight
-
-
-def _float32(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+        if jnp.iscomplexobj(value):
+            raise TypeError(
+                f"The function given to Objective.from_loss should return a real number, not {jnp.result_type(value)}: "
+                f"take jnp.abs of it, or its real part."
+            )
+        weight = loss_only_weight(piece).astype(width(params))
+        return jnp.asarray(value, width(params)) * (weight / safe(weight)), weight  # 0 where all is masked

@@ -23,6 +23,10 @@ class Measure(Protocol):
         """Returns (the slots for a piece, a function of a module and slots that puts the slots into the module)."""
         ...
 
+    def rides(self, outputs: Any, piece: Any) -> bool:
+        """Says whether `sums` reads `own`: then the loss's backward pass is seeded for the total, not for the mean."""
+        ...
+
     def sums(
         self, pull: Callable[[list[jax.Array]], PyTree], own: PyTree, outputs: Any, piece: Any, key: jax.Array | None
     ) -> PyTree:

@@ -87,7 +87,7 @@ def vectors_for(optimizer: str, curvature: Estimate, updates: PyTree) -> tuple[C
 
     def to(vector: PyTree) -> PyTree:
         have = by_path(vector)
-        zero = lambda path: jnp.zeros(theirs[path].shape, jnp.float32)
+        zero = lambda path: jnp.zeros(theirs[path].shape, theirs[path].dtype)
         return theirs_treedef.unflatten([have[path] if path in have else zero(path) for path in theirs])
 
     def back(vector: PyTree) -> PyTree:

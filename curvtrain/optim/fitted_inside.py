@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from curvtrain import _checks
+from curvtrain.curvature import trees
 from curvtrain.curvature.psgd.base import PRECISIONS, Preconditioner, Structure
 from curvtrain.curvature.psgd.frequency import is_due
 from curvtrain.optim.psgd import clip_all, moving_average, scale_each
@@ -109,7 +110,7 @@ def scale_by_fitted(
         mu = jax.tree.map(lambda p: jnp.zeros(p.shape, mu_dtype or p.dtype), params)
         mu = {} if _checks.is_off(b1) else mu
         known = Fixed.of(name, fixed)
-        state = _cast(family_of(structure, True, **dict(known.options)).init(structure), dtype)
+        state = _cast(family_of(structure, True, **dict(known.options)).init(structure), dtype or structure.dtype)
         return FittedInsideState(jnp.int32(0), key_of(seed), mu, state, jnp.int32(0), jnp.int32(0), known)
 
     @jax.jit  # called outside jit, as in the original's README, its conditionals would be compiled anew every time
@@ -120,7 +121,7 @@ def scale_by_fitted(
         averaged, factor, mu = moving_average(updates, state.mu, state.count, b1, nesterov)
         averaged = scale_each(averaged, factor)
         noise = jax.random.fold_in(state.key, state.count)
-        at = lambda option: jnp.float32(option(state.count + 1) if callable(option) else option)
+        at = lambda option: jnp.asarray(option(state.count + 1) if callable(option) else option, structure.dtype)
         if whitens:
             v, h = None, averaged if fits_average else updates
             due = is_due(rule, at(probability), state.count, state.waited, jax.random.fold_in(noise, 1))
@@ -128,10 +129,10 @@ def scale_by_fitted(
             v, h, due = vector, Hvp, jnp.asarray(asked, bool)
 
         def fit(stored):
-            one = lambda vector: jax.tree.map(lambda a: a.astype(jnp.float32)[None], vector)
+            one = lambda vector: jax.tree.map(lambda a: a.astype(structure.dtype)[None], vector)
             pair = (None if v is None else one(v), one(h))
-            new, failed = family.fit(structure, _cast(stored, jnp.float32), *pair, noise, at(rate))
-            return _cast(new, dtype), failed
+            new, failed = family.fit(structure, _cast(stored, structure.dtype), *pair, noise, at(rate))
+            return trees.cast(new, stored), failed
 
         if whitens and isinstance(probability, int | float) and probability == 1.0:
             due = True
@@ -140,7 +141,7 @@ def scale_by_fitted(
             P, failed = jax.lax.cond(due, fit, lambda stored: (stored, jnp.int32(0)), state.preconditioner)
 
         family = family.with_precision(grads_precision or _ambient())
-        out = family.apply(structure, _cast(P, jnp.float32), averaged)
+        out = family.apply(structure, _cast(P, structure.dtype), averaged)
         if whitens and clip_rms is not None:
             out = scale_each(out, 1.0, clip_rms)
         if clip_norm is not None:
@@ -203,7 +204,5 @@ def _ambient() -> str:
 
 
 def _cast(tree: PyTree, dtype: Any) -> PyTree:
-    """The floating leaves in a dtype; as they are if it is None."""
-    if dtype is None:
-        return tree
+    """The floating leaves in a dtype."""
     return jax.tree.map(lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree)

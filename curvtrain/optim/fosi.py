@@ -58,7 +58,7 @@ class FosiState(NamedTuple):
     Attributes:
       count: int32 (), updates so far.
       base: the base optimizer's state.
-      velocity: float32 like the parameters, the momentum of the Newton part. It lives in parameter space, so it
+      velocity: like the parameters, the momentum of the Newton part. It lives in parameter space, so it
         survives a refresh: the new eigenvectors see what of it lies in their span.
       request: tells whoever maintains the eigenpairs for which parameters they are needed.
     """
@@ -78,7 +78,7 @@ def fosi(
     damping: Number = 1e-3,
     learning_rate_clip: Number = 1.0,
     l: int | jax.Array = 0,
-    accumulator_dtype: jax.typing.DTypeLike = "float32",  # a string: `inject_hyperparams` calls whatever is callable
+    accumulator_dtype: str | None = None,  # no dtype: `inject_hyperparams` calls whatever is callable
 ) -> optax.GradientTransformationExtraArgs:
     """Newton steps on the eigenvectors in `curvature`, `base` on their orthogonal complement.
 
@@ -103,7 +103,7 @@ def fosi(
         learning rates. A linear base (SGD, heavy ball) moves in the complement as it does alone, so this is all that
         it gains from the largest pairs; Adam gains without.
       l: number of smallest pairs in the curvature, as in `Lanczos(k, l)`: they do not count in s.
-      accumulator_dtype: dtype of the velocity.
+      accumulator_dtype: dtype of the velocity; None for float64 where a parameter is, otherwise float32.
 
     Returns:
       A transformation whose `update` needs `curvature=Eigenpairs` and the parameters, and passes the other extra
@@ -123,7 +123,8 @@ def fosi(
     base = optax.with_extra_args_support(base)
 
     def init(params):
-        velocity = jax.tree.map(lambda p: jnp.zeros(p.shape, accumulator_dtype), params)
+        dtype = accumulator_dtype or trees.width(params)
+        velocity = jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
         return FosiState(jnp.int32(0), base.init(params), velocity, Request.of("fosi", Eigenpairs, params))
 
     def update(updates, state, params=None, *, curvature=None, **extra):
@@ -135,14 +136,14 @@ def fosi(
         span = _Span(pairs, state.count)
         a = span.coefficients(to(updates))  # V g
         g1 = back(span.combine(a))
-        g2 = jax.tree.map(lambda g, g1: (_wide(g) - g1).astype(g.dtype), updates, g1)
+        g2 = jax.tree.map(lambda g, g1: (trees.wide(g) - g1).astype(g.dtype), updates, g1)
         b = advance(a, span.coefficients(to(state.velocity)))  # V vel: linear, so it commutes with V
-        velocity = jax.tree.map(lambda g, v: advance(g, v.astype(jnp.float32)).astype(v.dtype), g1, state.velocity)
+        velocity = jax.tree.map(lambda g, v: advance(g, v.astype(g.dtype)).astype(v.dtype), g1, state.velocity)
         u, base_state = base.update(g2, state.base, params, **extra)
         rate = alpha(state.count) if callable(alpha) else alpha
         # s (u - V^T V u) - alpha V^T (d * V vel), with one pass over V
         inside = back(span.combine(s * span.coefficients(to(u)) + rate * d * b))
-        out = jax.tree.map(lambda u, i: (s * _wide(u) - i).astype(u.dtype), u, inside)
+        out = jax.tree.map(lambda u, i: (s * trees.wide(u) - i).astype(u.dtype), u, inside)
         return out, FosiState(state.count + 1, base_state, velocity, state.request)
 
     return transformation(init, update)
@@ -157,17 +158,12 @@ class _Span:
         self._V, self._used = self._packing.pack(pairs.vectors), pairs.converged
 
     def coefficients(self, vector: PyTree) -> jax.Array:
-        """V v, zero for pairs that are not used: float32 (k + l,)."""
+        """V v, zero for pairs that are not used: (k + l,)."""
         return jnp.where(self._used, trees.coefficients(self._V, self._packing.pack(vector)), 0.0)
 
     def combine(self, weights: jax.Array) -> PyTree:
-        """V^T c: a float32 vector like the parameters."""
+        """V^T c: a vector like the parameters."""
         return self._unpack(trees.combine(weights, self._V))
-
-
-def _wide(a: jax.Array) -> jax.Array:
-    """In float32 at least."""
-    return a if jnp.finfo(a.dtype).bits > 32 else a.astype(jnp.float32)
 
 
 def _inverse(
@@ -177,7 +173,7 @@ def _inverse(
     magnitude = jnp.abs(pairs.values)
     largest = jnp.max(magnitude, initial=0.0, where=pairs.converged)
     # a pair of zero curvature has no Newton step: it is left to the base optimizer
-    usable = pairs.converged & (magnitude > jnp.finfo(jnp.float32).eps * largest)
+    usable = pairs.converged & (magnitude > jnp.finfo(magnitude.dtype).eps * largest)
     pairs = dataclasses.replace(pairs, converged=usable)
     d = jnp.where(usable, 1.0 / jnp.where(usable, jnp.maximum(magnitude, damping * largest), 1.0), 0.0)
     top = jnp.arange(magnitude.size) < magnitude.size - l  # a mask, not a slice: l may be traced

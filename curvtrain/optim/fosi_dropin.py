@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
@@ -85,7 +84,7 @@ def _build(
         damping=0.0,
         learning_rate_clip=learning_rate_clip,
         l=approx_l,
-        accumulator_dtype=jnp.float32 if accumulator_dtype is None else accumulator_dtype,
+        accumulator_dtype=accumulator_dtype,
     )
     # the original counts steps from 1: first refresh at step W, then every T
     start = first - 1 if first >= 1 else (first - 1) % period
@@ -135,7 +134,7 @@ def fosi_adam(
       loss_fn: `(params, batch) -> scalar`, deterministic.
       batch: the batch on which eigenpairs are estimated.
       decay: share of the Newton part's velocity that a step keeps.
-      accumulator_dtype: dtype of that velocity; None is float32.
+      accumulator_dtype: dtype of that velocity; None is float64 where a parameter is, otherwise float32.
       num_iters_to_approx_eigs: T, steps between refreshes.
       approx_k, approx_l: number of largest and smallest eigenpairs.
       warmup_w: W, the step (counted from 1) of the first refresh; None is T.

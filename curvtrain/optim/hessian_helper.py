@@ -78,7 +78,7 @@ def _product(
             "hessian_helper(preconditioner_update_probability)", preconditioner_update_probability, 0.0, 1.0
         )
     for_v, for_chance = jax.random.split(key)
-    due = jax.random.uniform(for_chance) < preconditioner_update_probability
+    due = jax.random.uniform(for_chance, dtype=jnp.float32) < preconditioner_update_probability
     if train_step is not None:
         due = due | (jnp.asarray(train_step) < 2)
 

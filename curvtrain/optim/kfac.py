@@ -40,10 +40,11 @@ class KfacState(NamedTuple):
 
     Attributes:
       count: int32 (), updates so far.
-      velocity: float32 like the parameters: the last update that was not rejected.
+      velocity: like the parameters, float32 or float64 (see `curvtrain/_dtypes.py`): the last update that was not
+        rejected.
       request: what is asked of the curvature, with lambda + l2 of the next update.
-      learning_rate, momentum: float32 (), w of the last update.
-      reduction_ratio: float32 (), rho of the last update where it was looked at; NaN before.
+      learning_rate, momentum: (), w of the last update.
+      reduction_ratio: (), rho of the last update where it was looked at; NaN before.
       rejected: int32 (), updates that were rejected so far.
     """
 
@@ -57,7 +58,7 @@ class KfacState(NamedTuple):
 
     @property
     def damping(self) -> jax.Array:
-        """float32 (), lambda + l2: what the next update will ask of the curvature."""
+        """(), lambda + l2: what the next update will ask of the curvature."""
         assert self.request.damping is not None
         return self.request.damping
 
@@ -154,16 +155,18 @@ class _Kfac:
 
     def init(self, params: PyTree) -> KfacState:
         """The state before the first update."""
-        first = self.initial_damping if isinstance(self.damping, str) else value_at(self.damping, jnp.int32(0))
+        dtype = trees.width(params)
+        first = self.initial_damping if isinstance(self.damping, str) else self.damping
+        first = value_at(first, jnp.int32(0), params) + self.l2
         known = not isinstance(self.damping_every, jax.Array)
         period = self.damping_every if isinstance(self.damping, str) and known else None
         return KfacState(
             count=jnp.int32(0),
             velocity=trees.zeros(params),
-            request=Request.of("kfac", Curvature, params, jnp.float32(first) + self.l2, period),
-            learning_rate=jnp.float32(0),
-            momentum=jnp.float32(0),
-            reduction_ratio=jnp.float32(jnp.nan),
+            request=Request.of("kfac", Curvature, params, first.astype(dtype), period),
+            learning_rate=jnp.zeros((), dtype),
+            momentum=jnp.zeros((), dtype),
+            reduction_ratio=jnp.full((), jnp.nan, dtype),
             rejected=jnp.int32(0),
         )
 
@@ -176,10 +179,10 @@ class _Kfac:
         has_model = any(isinstance(option, str) for option in (self.learning_rate, self.momentum, self.damping))
         if has_model or self.reject:
             _require_objective(objective, batch)
-        theta = trees.float32(params)
-        g = jax.tree.map(lambda g, p: g.astype(jnp.float32) + self.l2 * p, updates, theta)
-        rate = None if isinstance(self.learning_rate, str) else value_at(self.learning_rate, state.count)
-        decay = None if isinstance(self.momentum, str) else value_at(self.momentum, state.count)
+        theta, dtype = trees.wide(params), state.damping.dtype
+        g = jax.tree.map(lambda g, p: g.astype(dtype) + self.l2 * p, updates, theta)
+        rate = None if isinstance(self.learning_rate, str) else value_at(self.learning_rate, state.count, params)
+        decay = None if isinstance(self.momentum, str) else value_at(self.momentum, state.count, params)
         directions = d, v = self._direction(C, g, state, rate), state.velocity
         if has_model:
             model: QuadraticModel = quadratic_model(objective, params, directions, g, batch, key)
@@ -187,7 +190,7 @@ class _Kfac:
             predicted = model.change(w, self.l2)
         else:
             assert rate is not None and decay is not None
-            w, predicted = jnp.stack([rate, decay]), jnp.float32(jnp.nan)
+            w, predicted = jnp.stack([rate, decay]), jnp.full((), jnp.nan, dtype)
         delta = jax.tree.map(lambda d, v: w[0] * d + w[1] * v, d, v)
 
         def reduction(_):
@@ -195,9 +198,9 @@ class _Kfac:
             value = extra.get("value")
             before = objective.loss(objective.like_parameters(params), batch, key) if value is None else value
             moved = trees.add(theta, delta)
-            after = objective.loss(objective.like_parameters(_like(moved, params)), batch, key)
+            after = objective.loss(objective.like_parameters(trees.cast(moved, params)), batch, key)
             before, after = before + self._penalty(theta), after + self._penalty(moved)
-            return (after - before) / predicted, after <= before
+            return ((after - before) / predicted).astype(dtype), after <= before
 
         due = (state.count + 1) % self.damping_every == 0
         unseen = lambda _: (state.reduction_ratio, jnp.bool_(True))
@@ -211,18 +214,18 @@ class _Kfac:
         out = jax.tree.map(lambda x, u: jnp.where(keep, x, 0.0).astype(u.dtype), delta, updates)
         return out, KfacState(
             count=state.count + 1,
-            velocity=jax.tree.map(lambda new, old: jnp.where(keep, new, old), delta, v),
-            request=state.request.with_damping(self._next_damping(state, rho, due, keep) + self.l2),
-            learning_rate=w[0],
-            momentum=w[1],
+            velocity=jax.tree.map(lambda new, old: jnp.where(keep, new, old).astype(old.dtype), delta, v),
+            request=state.request.with_damping((self._next_damping(state, rho, due, keep) + self.l2).astype(dtype)),
+            learning_rate=w[0].astype(dtype),
+            momentum=w[1].astype(dtype),
             reduction_ratio=rho,
-            rejected=state.rejected + jnp.where(keep, 0, 1),
+            rejected=state.rejected + jnp.where(keep, 0, 1).astype(jnp.int32),
         )
 
     def _direction(self, C: Curvature, g: PyTree, state: KfacState, rate: jax.Array | None) -> PyTree:
         """d = -U, scaled down to the norm constraint."""
         to, back = vectors_for("kfac", C, g)
-        U, scale = back(C.solve(to(g), state.damping)), jnp.float32(-1)
+        U, scale = back(C.solve(to(g), state.damping)), -jnp.ones((), state.damping.dtype)
         if rate is not None and self.norm_constraint is not None:
             size = rate**2 * trees.dot(U, g)
             scale = -jnp.where(size > self.norm_constraint, jnp.sqrt(self.norm_constraint / size), 1.0)
@@ -234,16 +237,12 @@ class _Kfac:
     def _next_damping(self, state: KfacState, rho: jax.Array, due: jax.Array, keep: jax.Array) -> jax.Array:
         """lambda of the next update."""
         if not isinstance(self.damping, str):
-            return value_at(self.damping, state.count + 1)
+            return value_at(self.damping, state.count + 1, state.damping)
         lam, factor = state.damping - self.l2, self.damping_decay**self.damping_every
         raised, lowered = lam / factor, lam * factor
         adapted = jnp.where(rho > _GOOD, lowered, jnp.where(rho >= _POOR, lam, raised))  # NaN raises
         lam = jnp.where(due, adapted, lam)
         return jnp.clip(jnp.where(keep, lam, raised), self.min_damping, self.max_damping)
-
-
-def _like(tree: PyTree, params: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, p: a.astype(p.dtype), tree, params)
 
 
 def _require_objective(objective: Any, batch: Any) -> None:

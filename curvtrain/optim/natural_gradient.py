@@ -53,10 +53,10 @@ class NaturalGradientState(NamedTuple):
 
     Attributes:
       count: int32 (), updates so far.
-      velocity: b, float32 like the parameters; None without momentum.
-      average: a, float32 like the parameters; None without averaging.
+      velocity: b, like the parameters, float32 or float64 (see `curvtrain/_dtypes.py`); None without momentum.
+      average: a, likewise; None without averaging.
       request: what is asked of the curvature, with lambda + l2 of the next update.
-      first_rate: float32 (), eta_0.
+      first_rate: (), eta_0.
     """
 
     count: jax.Array
@@ -67,7 +67,7 @@ class NaturalGradientState(NamedTuple):
 
     @property
     def damping(self) -> jax.Array:
-        """float32 (), lambda + l2: what the next update will ask of the curvature."""
+        """(), lambda + l2: what the next update will ask of the curvature."""
         assert self.request.damping is not None
         return self.request.damping
 
@@ -169,22 +169,23 @@ class _NaturalGradient:
         """The state before the first update."""
         if self.mask is not None:
             _check_mask_fits(self.mask, params)
-        first = value_at(self.damping, jnp.int32(0)) + self.l2
+        first = value_at(self.damping, jnp.int32(0), params)
+        first = (first + self.l2).astype(first.dtype)
         return NaturalGradientState(
             count=jnp.int32(0),
             velocity=None if _checks.is_off(self.momentum) else trees.zeros(params),
             average=None if _checks.is_off(self.gradient_decay) else trees.zeros(params),
             request=Request.of("natural_gradient", Curvature, params, first),
-            first_rate=value_at(self.learning_rate, jnp.int32(0)),
+            first_rate=value_at(self.learning_rate, jnp.int32(0), params),
         )
 
     def update(self, updates, state, params=None, *, curvature=None, **extra):
         """One step; see `natural_gradient`."""
         require_params("natural_gradient", params)
         C = require_curvature("natural_gradient", curvature, Curvature, "curvature.KFAC(), or another estimator")
-        w, t = trees.float32(params), state.count
-        rate = value_at(self.learning_rate, t)
-        g = jax.tree.map(lambda g, w: g + self.l2 * w, trees.float32(updates), w)
+        w, t = trees.wide(params), state.count
+        rate = value_at(self.learning_rate, t, params)
+        g = jax.tree.map(lambda g, w: g + self.l2 * w, trees.wide(updates), w)
         g, state = self._stage(RAW, g, w, rate, state)
         to, back = vectors_for("natural_gradient", C, updates)
         g = back(C.solve(to(g), state.damping))
@@ -196,22 +197,24 @@ class _NaturalGradient:
         if self.rescale is not None:
             move = lambda d, w: _rescaled(w + d, self.rescale) - w if w.ndim >= 2 else d
             delta = jax.tree.map(move, delta, w)
-        delta = jax.tree.map(lambda d, u: d.astype(u.dtype), delta, updates)
-        request = state.request.with_damping(value_at(self.damping, t + 1) + self.l2)
+        delta = trees.cast(delta, updates)
+        damping = value_at(self.damping, t + 1, state.damping) + self.l2
+        request = state.request.with_damping(damping.astype(state.damping.dtype))
         return delta, state._replace(count=t + 1, request=request)
 
     def _stage(self, kind: str, g: PyTree, w: PyTree, rate: jax.Array, state: NaturalGradientState):
         """What momentum, averaging and LARS of one kind make of g, and the state with their memories."""
         t = state.count
         if state.velocity is not None and self.momentum_type == kind:
-            m = value_at(self.momentum, t)
+            m = value_at(self.momentum, t, w)
             m = m * rate / state.first_rate if self.momentum_correction else m
-            g = jax.tree.map(lambda b, g: m * b + g, state.velocity, g)
+            g = trees.cast(jax.tree.map(lambda b, g: m * b + g, state.velocity, g), state.velocity)
             state = state._replace(velocity=g)
         if state.average is not None and self.gradient_decay_type == kind:
             beta = self.gradient_decay
-            average = jax.tree.map(lambda a, g: beta * a + (1 - beta) * g, state.average, g)
-            g, state = trees.scale(1 / (1 - beta ** (t + 1)), average), state._replace(average=average)
+            average = trees.cast(jax.tree.map(lambda a, g: beta * a + (1 - beta) * g, state.average, g), state.average)
+            whole = 1 - jnp.asarray(beta, trees.width(w)) ** (t + 1)
+            g, state = trees.scale(1 / whole, average), state._replace(average=average)
         if self.lars and self.lars_type == kind:
             g = jax.tree.map(_lars, g, w)
         return g, state
@@ -252,7 +255,7 @@ def _check_mask_fits(mask: Any, params: PyTree) -> None:
 
 
 def _check_first_rate(learning_rate: optax.ScalarOrSchedule) -> None:
-    first = value_at(learning_rate, jnp.int32(0))
+    first = value_at(learning_rate, jnp.int32(0), ())
     try:
         rate = float(first)
     except jax.errors.ConcretizationTypeError:  # optax.inject_hyperparams under jit: it has no value yet

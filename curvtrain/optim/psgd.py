@@ -64,7 +64,7 @@ def psgd(
       clip_global_norm: the whole update is scaled down to this norm, before the decay.
       style: "unit" leaves the update as it is; "adam" scales it by sqrt((1 - b1) / (1 + b1)), the RMS of an average of
         independent gradients: for `PSGD(momentum=b1)`, which whitens the average itself, that allows Adam's rates.
-      mu_dtype: of the moving average; None for float32.
+      mu_dtype: of the moving average; None for float64 where a parameter is, otherwise float32.
 
     Returns:
       A transformation whose `update` needs `curvature=`, a `FittedPreconditioner`.
@@ -124,7 +124,7 @@ def scale_by_psgd(
         averaged, factor, mu = moving_average(updates, state.mu, state.count, b1, nesterov)
         to, back = vectors_for("psgd", P, updates)
         out = back(P.apply(to(averaged)))
-        rms = jnp.sqrt((1 - b1) / (1 + b1)) if style == "adam" else 1.0
+        rms = jnp.sqrt(jnp.asarray((1 - b1) / (1 + b1), trees.width(updates))) if style == "adam" else 1.0
         limit = clip_rms
         if isinstance(limit, str):
             limit = _RMS * rms if P.whitens else None
@@ -138,24 +138,26 @@ def scale_by_psgd(
 
 
 def momentum_like(params: PyTree, dtype: Any) -> PyTree:
-    """Zeros like the parameters, float32 unless another dtype is given."""
-    return jax.tree.map(lambda p: jnp.zeros(p.shape, dtype or jnp.float32), params)
+    """Zeros like the parameters, float64 where one of them is, otherwise float32, unless another dtype is given."""
+    dtype = dtype or trees.width(params)
+    return jax.tree.map(lambda p: jnp.zeros(p.shape, dtype), params)
 
 
 def moving_average(
     grads: PyTree, mu: PyTree, count: jax.Array, b1: float | jax.Array, nesterov: bool
 ) -> tuple[PyTree, jax.Array | float, PyTree]:
-    """(a float32 vector, the factor that makes the bias-corrected average of it, the average as it is kept)."""
-    grads = trees.float32(grads)
+    """(a vector, the factor that makes the bias-corrected average of it, the average as it is kept)."""
+    grads = trees.wide(grads)
+    dtype = trees.width(grads)
     if _checks.is_off(b1):
         return grads, 1.0, mu
-    whole = lambda t: -jnp.expm1(t * jnp.log(b1))  # 1 - b1^t, to all digits
-    t = count + 1
-    new = jax.tree.map(lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g, mu, grads)
+    whole = lambda t: -jnp.expm1(t * jnp.log(jnp.asarray(b1, dtype)))  # 1 - b1^t, to all digits
+    t = (count + 1).astype(dtype)
+    new = jax.tree.map(lambda m, g: (b1 * m.astype(dtype) + (1 - b1) * g).astype(dtype), mu, grads)
     averaged, factor = new, 1 / whole(t)
     if nesterov:
         ahead, now, factor = b1 / whole(t + 1), (1 - b1) / whole(t), 1.0
-        averaged = jax.tree.map(lambda m, g: ahead * m + now * g, new, grads)
+        averaged = jax.tree.map(lambda m, g: (ahead * m + now * g).astype(dtype), new, grads)
     return averaged, factor, jax.tree.map(lambda n, m: n.astype(m.dtype), new, mu)
 
 

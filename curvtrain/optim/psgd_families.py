@@ -61,4 +61,4 @@ class KronOfAxes(Kronecker):
         if not self.whitens:
             return super().damped(h, seed)
         size = jnp.mean(jnp.abs(h), axis=(0, *range(2, h.ndim)), keepdims=True)  # of each tensor of (k, L, ...)
-        return h + math.sqrt(jnp.finfo(jnp.float32).eps) * size * signs(seed, h.shape)
+        return h + math.sqrt(jnp.finfo(h.dtype).eps) * size * signs(seed, h.shape)

@@ -30,9 +30,9 @@ class QuadraticModel(NamedTuple):
     """The model along two directions.
 
     Attributes:
-      gram: V B V^T, float32 (2, 2).
-      dots: V V^T, float32 (2, 2).
-      slopes: b, float32 (2,).
+      gram: V B V^T, (2, 2).
+      dots: V V^T, (2, 2).
+      slopes: b, (2,).
     """
 
     gram: jax.Array
@@ -52,14 +52,14 @@ class QuadraticModel(NamedTuple):
             return jnp.stack([rate, jnp.where(M[1, 1] > 0, -(b[1] + M[1, 0] * rate) / safe(M[1, 1]), 0.0)])
         if decay is not None:
             return jnp.stack([jnp.where(M[0, 0] > 0, -(b[0] + M[0, 1] * decay) / safe(M[0, 0]), 0.0), decay])
-        alone = jnp.stack([jnp.where(M[0, 0] > 0, -b[0] / safe(M[0, 0]), 0.0), jnp.float32(0)])
+        alone = jnp.stack([jnp.where(M[0, 0] > 0, -b[0] / safe(M[0, 0]), 0.0), jnp.zeros((), M.dtype)])
         det = M[0, 0] * M[1, 1] - M[0, 1] * M[1, 0]
         regular = det > _SINGULAR * M[0, 0] * M[1, 1]
         both = -jnp.stack([M[1, 1] * b[0] - M[0, 1] * b[1], M[0, 0] * b[1] - M[1, 0] * b[0]]) / safe(det)
         return jnp.where(regular, both, alone)
 
     def change(self, w: jax.Array, l2: jax.Array | float) -> jax.Array:
-        """q: the predicted change of the loss plus l2/2 |theta|^2 along w; float32 ()."""
+        """q: the predicted change of the loss plus l2/2 |theta|^2 along w; ()."""
         return 0.5 * w @ (self.gram + l2 * self.dots) @ w + self.slopes @ w
 
 

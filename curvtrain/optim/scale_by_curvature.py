@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.request import Request
 from curvtrain.optim.base import require_curvature, transformation, vectors_for
@@ -31,7 +32,7 @@ class ScaleByCurvatureState(NamedTuple):
 
     @property
     def damping(self) -> jax.Array:
-        """float32 (), what the next update will use."""
+        """(), what the next update will use."""
         assert self.request.damping is not None
         return self.request.damping
 
@@ -54,7 +55,7 @@ def scale_by_curvature(
     power = exponent if isinstance(exponent, jax.Array) else float(exponent)
 
     def init(params):
-        request = Request.of("scale_by_curvature", Curvature, params, value_at(damping, jnp.int32(0)))
+        request = Request.of("scale_by_curvature", Curvature, params, value_at(damping, jnp.int32(0), params))
         return ScaleByCurvatureState(jnp.int32(0), request)
 
     def update(updates, state, params=None, *, curvature=None, **extra):
@@ -62,8 +63,8 @@ def scale_by_curvature(
         C = require_curvature("scale_by_curvature", curvature, Curvature, kind)
         to, back = vectors_for("scale_by_curvature", C, updates)
         scaled = back(C.power(to(updates), state.damping, power))
-        scaled = jax.tree.map(lambda s, g: s.astype(g.dtype), scaled, updates)
-        request = state.request.with_damping(value_at(damping, state.count + 1))
+        scaled = trees.cast(scaled, updates)
+        request = state.request.with_damping(value_at(damping, state.count + 1, state.damping))
         return scaled, ScaleByCurvatureState(state.count + 1, request)
 
     return transformation(init, update)
@@ -75,6 +76,6 @@ def check_damping(argument: str, damping: Any) -> None:
         _checks.number_in(argument, damping, 0.0)
 
 
-def value_at(schedule: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """A number or schedule at a step, float32."""
-    return jnp.float32(schedule(count) if callable(schedule) else schedule)
+def value_at(schedule: optax.ScalarOrSchedule, count: jax.Array, like: PyTree) -> jax.Array:
+    """A number or schedule at a step, in the dtype that `width` chooses for a tree, such as the parameters."""
+    return jnp.asarray(schedule(count) if callable(schedule) else schedule, trees.width(like))

@@ -34,9 +34,9 @@ def test_unpacking_gives_back_what_was_packed(name, largest):
     packing = layout(name, basis, largest)
     unpack = packing.unpacker(jnp.int32(0))
     jax.tree.map(np.testing.assert_array_equal, unpack(packing.pack(basis)), basis)
-    jax.tree.map(np.testing.assert_array_equal, unpack(packing.pack(vector)), trees.float32(vector))
+    jax.tree.map(np.testing.assert_array_equal, unpack(packing.pack(vector)), trees.wide(vector))
     found = trees.coefficients(packing.pack(basis), packing.pack(vector))
-    np.testing.assert_allclose(found, trees.coefficients(basis, trees.float32(vector)), rtol=1e-5)
+    np.testing.assert_allclose(found, trees.coefficients(basis, trees.wide(vector)), rtol=1e-5)
     draw = unpack(packing.random(jax.random.key(3), 7))
     jax.tree.map(np.testing.assert_array_equal, draw, trees.random(jax.random.key(3), vector, 7))
 

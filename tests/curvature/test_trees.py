@@ -29,7 +29,7 @@ def test_vectors(dtype):
     np.testing.assert_allclose(trees.dot(a, b), flat(a) @ flat(b), **CLOSE)
     np.testing.assert_allclose(trees.norm(a), np.linalg.norm(flat(a)), **CLOSE)
     assert trees.dot(a, b).dtype == jnp.float32
-    a, b = trees.float32(a), trees.float32(b)
+    a, b = trees.wide(a), trees.wide(b)
     np.testing.assert_allclose(flat(trees.add(a, b)), flat(a) + flat(b), **CLOSE)
     np.testing.assert_allclose(flat(trees.subtract(a, b)), flat(a) - flat(b), **CLOSE)
     np.testing.assert_allclose(flat(trees.scale(-2.0, a)), -2 * flat(a), **CLOSE)

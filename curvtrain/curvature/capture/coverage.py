@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from curvtrain._dtypes import width
 from curvtrain._text import table
 from curvtrain.curvature.capture.layers import WRAPPERS, Layer, Path, PlainParameter, Unsupported, merged
 from curvtrain.objective import Objective
@@ -24,9 +25,11 @@ class Coverage:
 
     Attributes:
       layers: in the order of the parameters; `PlainParameter`s last.
+      dtype: of curvature, as `curvtrain._dtypes.width` chooses it for the parameters.
     """
 
     layers: tuple[Layer, ...]
+    dtype: str = "float32"
 
     @property
     def known(self) -> tuple[Layer, ...]:
@@ -67,11 +70,11 @@ class Coverage:
 
     def zeros(self) -> PyTree:
         """A zero vector like the parameters."""
-        zeros = lambda layer: {name: jnp.zeros((*layer.scan_axes, *shape)) for name, shape in layer.shapes}
+        zeros = lambda layer: {name: jnp.zeros((*layer.scan_axes, *s), self.dtype) for name, s in layer.shapes}
         return self.vector({layer.name: layer.matrix(zeros(layer)) for layer in self.layers})
 
     def like(self) -> PyTree:
-        """Shapes and dtypes of a float32 vector like the parameters."""
+        """Shapes and dtypes of a vector like the parameters."""
         return jax.eval_shape(self.zeros)
 
     def groups(self) -> tuple[tuple[Path, ...], ...]:
@@ -150,7 +153,7 @@ def cover(
             f"say what their layer is with curvature.register_layer."
         )
     others = [PlainParameter(p[:-1], "parameter", (), ((p[-1], tuple(leaf.shape)),)) for p, leaf in rest]
-    return Coverage((*found, *others))
+    return Coverage((*found, *others), width(params).name)
 
 
 def _layers_of(

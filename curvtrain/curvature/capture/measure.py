@@ -96,7 +96,8 @@ class LayerMeasure:
         taps: dict[Any, tuple[Tap, ...]] = {}
         for layer in self.coverage.known:
             shapes = self.statistic.shapes(layer)
-            zeros[layer.name] = {name: jnp.zeros((*layer.scan_axes, *shape)) for name, shape in shapes.items()}
+            make = lambda shape, layer=layer: jnp.zeros((*layer.scan_axes, *shape), self.coverage.dtype)
+            zeros[layer.name] = {name: make(shape) for name, shape in shapes.items()}
             wide = {name: jnp.broadcast_to(w, (*layer.scan_axes, *w.shape)) for name, w in extra.items()}
             fixed[layer.name] = {**self.given.get(layer.name, {}), **wide}
             tap = Tap(layer, examples[layer.name], self.statistic, tuple(shapes), tuple(fixed[layer.name]))
@@ -110,7 +111,7 @@ class LayerMeasure:
         """The statistics of a piece: those of the loss's own backward pass, or of others."""
         loss = self.objective.loss_of_outputs
         sums = own
-        if not self._rides(piece):
+        if not self.rides(outputs, piece):
             seeds = seeds_of(loss, outputs, piece, key, self.fisher, self.who)
             sums = seeds.total(pull)
             for layer in self.coverage.known:  # what depends on inputs alone was counted once for every backward pass
@@ -119,8 +120,15 @@ class LayerMeasure:
                 sums = {**sums, layer.name: {**mine, **inputs}}
         return {**sums, **self._plain_sums(piece, key)}
 
-    def _rides(self, piece: Any) -> bool:
-        """Whether the loss's own backward pass gives the statistics: see the module's docstring."""
+    def rides(self, outputs: Any, piece: Any) -> bool:
+        """Whether the loss's own backward pass gives the statistics: see the module's docstring.
+
+        Not in float16, where that pass has to be the mean's: a sum's overflows.
+        """
+        halves = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves((self.params, outputs)))
+        return not halves and self._may_ride(piece)
+
+    def _may_ride(self, piece: Any) -> bool:
         if self.fisher != "empirical":
             return False
         if type(self.objective.loss_of_outputs).weights is not Loss.weights:
@@ -135,22 +143,27 @@ class LayerMeasure:
         entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
         if not entries:
             return {}
-        arrays = {"weights": example_weights(piece, max(entries, key=len))}
+        arrays = {"weights": example_weights(piece, max(entries, key=len), self.coverage.dtype)}
         wide = _float_weights(piece)
-        if wide and self._rides(piece):
-            w = jnp.prod(jnp.stack([w.astype(jnp.float32) for w in wide]), axis=0)
+        if wide and self._may_ride(piece):
+            w = jnp.prod(jnp.stack([w.astype(self.coverage.dtype) for w in wide]), axis=0)
             arrays["correction"] = jnp.where(w > 0, jax.lax.rsqrt(jnp.where(w > 0, w, 1.0)), 0.0)
         return arrays
 
     def _plain_sums(self, piece: Any, key: jax.Array | None) -> Sums:
         """Exact sums of squares for plain parameters, from each example's gradient of these parameters alone."""
         layers = [layer for layer in self.coverage.plain if layer.size]
-        empty = {layer.name: {"D2": jnp.zeros((1, 1, 0))} for layer in self.coverage.plain if not layer.size}
+        empty = {
+            layer.name: {"D2": jnp.zeros((1, 1, 0), self.coverage.dtype)}
+            for layer in self.coverage.plain
+            if not layer.size
+        }
         if not layers:
             return empty
         objective = self.objective
-        # read exactly, then differentiated in float32: a derivative with respect to bfloat16 would be rounded
-        chosen = {layer.name: layer.matrix(at(self.params, layer.path)).astype(jnp.float32) for layer in layers}
+        # read exactly, then differentiated in the curvature's dtype: a derivative in bfloat16 would be rounded
+        of = lambda layer: layer.matrix(at(self.params, layer.path)).astype(self.coverage.dtype)
+        chosen = {layer.name: of(layer) for layer in layers}
 
         def with_chosen(chosen):
             copy = jax.tree.map(lambda a: a, self.params)
@@ -167,7 +180,7 @@ class LayerMeasure:
 
             _, vjp, outputs = jax.vjp(outputs_of, chosen, has_aux=True)
             seeds = seeds_of(objective.loss_of_outputs, outputs, example, k, self.fisher, self.who)
-            square = lambda s: jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), vjp(s)[0])
+            square = lambda s: jax.tree.map(lambda g: jnp.square(g), vjp(s)[0])
             return seeds.total(square)
 
         n = batch_size(piece)

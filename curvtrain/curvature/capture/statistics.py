@@ -33,7 +33,7 @@ class Statistic(abc.ABC):
 
     @abc.abstractmethod
     def shapes(self, layer: Layer) -> Shapes:
-        """The statistics of one call of a layer, by name: (g, ...), float32 sums over examples."""
+        """The statistics of one call of a layer, by name: (g, ...), sums over examples."""
 
     def given(self, layer: Layer) -> tuple[str, ...]:
         """Names of the arrays that the measurement needs."""

@@ -89,7 +89,8 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
     def overview(self, objective, params) -> str:
         coverage = self.coverage(objective, params)
         blocks = {layer.name: self._described(layer) for layer in coverage.layers}
-        return coverage.table({name: (kind, 4 * floats) for name, (kind, floats) in blocks.items()})
+        size = jnp.dtype(coverage.dtype).itemsize
+        return coverage.table({name: (kind, size * floats) for name, (kind, floats) in blocks.items()})
 
     @abc.abstractmethod
     def _described(self, layer: Layer) -> tuple[str, int]:
@@ -127,7 +128,8 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
             operator.and_, [_finite(m, f in self.second_moments) for f, m in means.items()], W > 0
         )
         weight = self.ema * kept.weight + 1.0
-        average = lambda old, new: jnp.where(usable, old + (new.reshape(old.shape) - old) / weight, old)
+        moved = lambda old, new: (old + (new.reshape(old.shape) - old) / weight).astype(old.dtype)
+        average = lambda old, new: jnp.where(usable, moved(old, new), old)
         besides = self._besides(curvature, means, usable)
         averages = {
             field: jax.tree.map(average, getattr(kept, field), mean)

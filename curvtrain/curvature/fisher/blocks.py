@@ -74,9 +74,8 @@ class Blocks(Curvature):
 
     def diagonal(self) -> PyTree:
         """diag(C), like the parameters."""
-        zeros = {layer.name: jnp.zeros((layer.copies, layer.d_i, layer.d_o)) for layer in self.coverage.layers}
         diagonal = lambda name, _: jnp.diagonal(self.blocks[name], axis1=1, axis2=2)
-        return self._map(self.coverage.vector(zeros), diagonal)
+        return self._map(self.coverage.zeros(), diagonal)
 
     def logdet(self, damping: jax.Array | float) -> jax.Array:
         """log |det(C + damping I)|, for the blocks of the last refresh."""
@@ -104,7 +103,7 @@ class Blocks(Curvature):
         """Applies function(layer's name, rows (K, d)) to the rows of M that blocks belong to."""
         results = {}
         with trees.exact():
-            matrices = self.coverage.matrices(trees.float32(vector))
+            matrices = self.coverage.matrices(trees.wide(vector))
             for layer in self.coverage.layers:
                 M = matrices[layer.name]
                 rows = jnp.swapaxes(M, 1, 2) if _by_unit(layer, self.unit) else M
@@ -151,12 +150,13 @@ class _BlockEstimator(LayerEstimator[Blocks]):
                     f"{sizes[layer.name][1]}, more than {self.name}(largest={self.largest}). Raise it, give the layer "
                     f"a diagonal with {self.name}(plain={layer.name!r}), or use KFAC."
                 )
-        zeros = {name: jnp.zeros((count, d, d)) for name, (count, d) in sizes.items()}
+        dtype = coverage.dtype
+        zeros = {name: jnp.zeros((count, d, d), dtype) for name, (count, d) in sizes.items()}
         return Blocks(
             blocks=zeros,
-            vectors={name: zero + jnp.eye(zero.shape[-1]) for name, zero in zeros.items()},
-            values={name: jnp.zeros((count, d)) for name, (count, d) in sizes.items()},
-            weight=jnp.float32(0),
+            vectors={name: zero + jnp.eye(zero.shape[-1], dtype=dtype) for name, zero in zeros.items()},
+            values={name: jnp.zeros((count, d), dtype) for name, (count, d) in sizes.items()},
+            weight=jnp.zeros((), dtype),
             skipped=jnp.int32(0),
             refreshes=jnp.int32(0),
             failures=jnp.int32(0),
@@ -257,6 +257,10 @@ class HessianMeasure:
     def prepare(self, piece):
         return {}, lambda module, slots: None
 
+    def rides(self, outputs, piece):
+        """Never: the blocks have passes of their own."""
+        return False
+
     def sums(self, pull, own, outputs, piece, key):
         """{layer name: {"F": (K, d, d)}}: columns are products with unit vectors."""
         W = self.objective.total(self.params, piece, key)[1]
@@ -266,7 +270,7 @@ class HessianMeasure:
             count, d = _size(layer, unit=False)
 
             def column(i, layer=layer, count=count, d=d):
-                unit = jnp.zeros(count * d).at[i].set(1.0).reshape(zero[layer.name].shape)
+                unit = jnp.zeros(count * d, zero[layer.name].dtype).at[i].set(1.0).reshape(zero[layer.name].shape)
                 vector = self.coverage.vector({**zero, layer.name: unit})
                 product = hvp(self.objective, self.params, vector, piece, key)  # of the mean
                 return W * self.coverage.matrices(product)[layer.name].reshape(count, d)[i // max(d, 1)]

@@ -24,8 +24,8 @@ class Diagonal(Curvature):
     """C = diag(values). Without values, the name of PSGD's diagonal family: `PSGD(Diagonal())`.
 
     Attributes:
-      values: float32, like the parameters.
-      weight: float32 (): what the moving average has seen, a sum of powers of the decay; 0 before the first update.
+      values: like the parameters; float64 where one of them is, otherwise float32.
+      weight: (): what the moving average has seen, a sum of powers of the decay; 0 before the first update.
       skipped: int32 (): updates with statistics that were not finite, or of no example; nothing was absorbed.
       coverage: which layer every parameter belongs to, where an estimator of layers maintains it.
     """
@@ -47,21 +47,22 @@ class Diagonal(Curvature):
 
     def logdet(self, damping: jax.Array | float) -> jax.Array:
         """log |det(C + damping I)|."""
-        return sum((jnp.sum(jnp.log(jnp.abs(d + damping))) for d in jax.tree.leaves(self.values)), jnp.float32(0))
+        logs = [jnp.sum(jnp.log(jnp.abs(d + damping))) for d in jax.tree.leaves(self.values)]
+        return sum(logs, jnp.zeros((), trees.width(self.values)))
 
     def matvec(self, vector: PyTree) -> PyTree:
         """C v."""
-        return jax.tree.map(jnp.multiply, self.values, trees.float32(vector))
+        return jax.tree.map(jnp.multiply, self.values, trees.wide(vector))
 
     def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
         """(C + damping I)^-1 v."""
-        return jax.tree.map(lambda d, v: v / (d + damping), self.values, trees.float32(vector))
+        return jax.tree.map(lambda d, v: v / (d + damping), self.values, trees.wide(vector))
 
     def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
         """(C + damping I)^exponent v."""
         if is_inverse(exponent):
             return self.solve(vector, damping)
-        return jax.tree.map(lambda d, v: (d + damping) ** exponent * v, self.values, trees.float32(vector))
+        return jax.tree.map(lambda d, v: (d + damping) ** exponent * v, self.values, trees.wide(vector))
 
     def as_matrix(self) -> jax.Array:
         return jnp.diag(ravel_pytree(self.values)[0])
@@ -89,7 +90,8 @@ class DiagonalFisher(LayerEstimator[Diagonal]):
     uncovered: str = dataclasses.field(default="diagonal", kw_only=True)  # which is exact, as all of it is
 
     def init(self, objective, params) -> Diagonal:
-        return Diagonal(trees.zeros(params), jnp.float32(0), jnp.int32(0), self.coverage(objective, params))
+        coverage = self.coverage(objective, params)
+        return Diagonal(trees.zeros(params), jnp.zeros((), coverage.dtype), jnp.int32(0), coverage)
 
     def refresh(self, curvature: Diagonal, objective, params, batch, key, damping=None) -> Diagonal:
         return curvature

@@ -83,9 +83,9 @@ class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
 
     def init(self, objective, params) -> DiagonalFactors:
         coverage = self.coverage(objective, params)
-        zeros = lambda layer: {name: jnp.zeros(shape) for name, shape in self._shapes(layer).items()}
+        zeros = lambda layer: {name: jnp.zeros(shape, coverage.dtype) for name, shape in self._shapes(layer).items()}
         factors = {layer.name: zeros(layer) for layer in coverage.layers}
-        return DiagonalFactors(factors, jnp.float32(0), jnp.int32(0), coverage)
+        return DiagonalFactors(factors, jnp.zeros((), coverage.dtype), jnp.int32(0), coverage)
 
     def refresh(self, curvature: DiagonalFactors, objective, params, batch, key, damping=None) -> DiagonalFactors:
         return curvature

@@ -90,31 +90,33 @@ class KFAC(LayerEstimator[KroneckerFactors]):
         cholesky, ekfac = self.inverse == "cholesky", self.inverse == "ekfac"
         layout = owners.layout_of(matrices, owners.owners_for(matrices, ekfac) if self.slots is None else self.slots)
         sizes = {size: (D, slots.count) for size, (D, slots) in layout.factors}
-        zeros = lambda: {size: jnp.zeros((count, D, D)) for size, (D, count) in sizes.items()}
-        eyes = {size: jnp.zeros((count, D, D)) + jnp.eye(D) for size, (D, count) in sizes.items()}
+        dtype = coverage.dtype
+        zeros = lambda: {size: jnp.zeros((count, D, D), dtype) for size, (D, count) in sizes.items()}
+        eyes = {size: jnp.zeros((count, D, D), dtype) + jnp.eye(D, dtype=dtype) for size, (D, count) in sizes.items()}
         blocks, bases = {}, {}
         for key, (block, layers) in own_blocks(coverage).items():
             stored = [block.stored(layer.copies, layer.d_o) for layer in layers]
             together: dict[str, tuple[int, ...]] = {
                 name: (sum(s[name][0] for s in stored), *shape[1:]) for name, shape in stored[0].items()
             }
-            blocks[key] = {name: jnp.zeros(shape) for name, shape in together.items()}
-            bases[key] = {name: jnp.zeros(shape) for name, shape in block.basis_shapes(together).items()}
-            bases[key] |= {"Q": bases[key]["Q"] + jnp.eye(bases[key]["Q"].shape[-1])} if "Q" in bases[key] else {}
-        empty = {m.name: jnp.zeros((m.copies, m.d_i, m.d_o)) for m in matrices}
+            blocks[key] = {name: jnp.zeros(shape, dtype) for name, shape in together.items()}
+            bases[key] = {name: jnp.zeros(shape, dtype) for name, shape in block.basis_shapes(together).items()}
+            if "Q" in bases[key]:
+                bases[key] |= {"Q": bases[key]["Q"] + jnp.eye(bases[key]["Q"].shape[-1], dtype=dtype)}
+        empty = {m.name: jnp.zeros((m.copies, m.d_i, m.d_o), dtype) for m in matrices}
         scales: Any = owners.blocks(layout, empty) if ekfac else {}
         return KroneckerFactors(
             factors=zeros(),
             blocks=blocks,
-            weight=jnp.float32(0),
+            weight=jnp.zeros((), dtype),
             inverses=zeros() if cholesky else {},
             vectors={} if cholesky else eyes,
-            values={} if cholesky else {size: jnp.zeros((count, D)) for size, (D, count) in sizes.items()},
+            values={} if cholesky else {size: jnp.zeros((count, D), dtype) for size, (D, count) in sizes.items()},
             bases=bases,
             scales=scales,
-            scale_weight=jnp.float32(0),
+            scale_weight=jnp.zeros((), dtype),
             stale=Staleness.begin(*((zeros(), scales.by_shape if ekfac else {}) if self.stale else ({}, {}))),
-            damping=jnp.float32(jnp.nan),
+            damping=jnp.full((), jnp.nan, dtype),
             updates=jnp.int32(0),
             refreshes=jnp.int32(0),
             failures=jnp.int32(0),
@@ -150,7 +152,7 @@ class KFAC(LayerEstimator[KroneckerFactors]):
     def means(self, curvature: KroneckerFactors, sums, W):
         c, layers = curvature, curvature.coverage.factored
         places: dict[str, list[jax.Array]] = {size: [] for size in c.factors}
-        rows, moments = [jnp.zeros(0)], {}
+        rows, moments = [], {}
         for layer, (_, (a, _, g, _)) in zip(layers, c.layout.at, strict=True):
             x, K = sums[layer.name], layer.copies
             places[a].append(x["A"].reshape(K, layer.d_i, layer.d_i))
@@ -160,7 +162,10 @@ class KFAC(LayerEstimator[KroneckerFactors]):
                 moments[layer.name] = x["S"].reshape(K, layer.d_i, layer.d_o)
         A, _, _, _ = c.layout.sides
         total = sum(slots.count for _, (_, slots) in c.layout.factors)
-        weights = c.layout.parted(jnp.full(total, W).at[A].set(safe(jnp.concatenate(rows))))
+        weights = jnp.full(total, W)
+        if rows:
+            weights = weights.at[A].set(safe(jnp.concatenate(rows)))
+        weights = c.layout.parted(weights)
         divided = {
             size: owners.shared(c.layout.of_size(size).place(parts) / weights[size][:, None, None], c.layout)
             for size, parts in places.items()
@@ -195,9 +200,10 @@ class KFAC(LayerEstimator[KroneckerFactors]):
 
     def refresh(self, curvature: KroneckerFactors, objective, params, batch, key, damping=None) -> KroneckerFactors:
         c, cholesky = curvature, self.inverse == "cholesky"
-        is_float32 = isinstance(damping, jax.Array) and damping.dtype == jnp.float32 and not damping.weak_type
-        if not is_float32:  # else it is kept as it is, see `KroneckerFactors.solve`
-            damping = jnp.float32(self.damping if damping is None else damping)
+        dtype = c.weight.dtype
+        is_kept = isinstance(damping, jax.Array) and damping.dtype == dtype and not damping.weak_type
+        if not is_kept:  # else it is kept as it is, see `KroneckerFactors.solve`
+            damping = jnp.asarray(self.damping if damping is None else damping, dtype)
         stale, due = c.stale, None
         if self.stale is not None:
             stale = stale.refresh(forced=(damping != c.damping) if cholesky else False)
@@ -212,7 +218,7 @@ class KFAC(LayerEstimator[KroneckerFactors]):
             if self.inverse == "ekfac":
                 scales, weights = _seeded(c, values, due)
                 stale = dataclasses.replace(stale, scale_weights=weights)
-                new |= {"scales": scales, "scale_weight": jnp.float32(1)}
+                new |= {"scales": scales, "scale_weight": jnp.ones((), c.weight.dtype)}
         if self.stale is not None:
             stale = stale.refreshed(c.factors, finite, self.stale)
         finite = {size: c.layout.of_size(size).take(ok) for size, ok in everywhere(finite).items()}
@@ -248,7 +254,8 @@ class KFAC(LayerEstimator[KroneckerFactors]):
 
     def overview(self, objective, params) -> str:
         c = jax.eval_shape(self.init, objective, params)
-        blocks = {layer.name: self._bytes(layer) for layer in c.coverage.layers}
+        itemsize = c.weight.dtype.itemsize
+        blocks = {layer.name: self._bytes(layer, itemsize) for layer in c.coverage.layers}
         kept = jax.tree.leaves((c.factors, c.inverses, c.vectors, c.values, c.scales, c.stale))
         factored = [layer.name for layer in c.coverage.factored]
         padding = sum(a.size * a.dtype.itemsize for a in kept) - sum(blocks[name][1] for name in factored)
@@ -259,20 +266,20 @@ class KFAC(LayerEstimator[KroneckerFactors]):
         kind, size = self._bytes(layer)
         return kind, size // 4
 
-    def _bytes(self, layer) -> tuple[str, int]:
+    def _bytes(self, layer, itemsize: int = 4) -> tuple[str, int]:
         """(kind of a layer's block, bytes of its curvature)."""
         block, own = layer.block(), layer.block().own
         if own is not None:
             stored = own.stored(layer.copies, layer.d_o)
             shapes = (*stored.values(), *own.basis_shapes(stored).values())
-            return own.kind(layer), 4 * sum(functools.reduce(operator.mul, shape, 1) for shape in shapes)
+            return own.kind(layer), itemsize * sum(functools.reduce(operator.mul, shape, 1) for shape in shapes)
         squares = layer.d_i**2 + layer.d_o**2
-        size = 8 * squares  # factors, and their inverses or eigenvectors
+        size = 2 * itemsize * squares  # factors, and their inverses or eigenvectors
         if self.inverse != "cholesky":
-            size += 4 * (layer.d_i + layer.d_o)
-        size += 4 * layer.d_i * layer.d_o * (self.inverse == "ekfac")
+            size += itemsize * (layer.d_i + layer.d_o)
+        size += itemsize * layer.d_i * layer.d_o * (self.inverse == "ekfac")
         if self.stale is not None:  # two more copies of both, three integers and a bool each
-            size += 8 * squares + 2 * 13 + 4 * (self.inverse == "ekfac")
+            size += 2 * itemsize * squares + 2 * 13 + itemsize * (self.inverse == "ekfac")
         return f"{self.inverse} {block.kind(layer)}", size * layer.copies
 
 

@@ -123,7 +123,10 @@ class KroneckerFactors(Curvature):
         traces = self.layout.joined(traces)
         a, g = traces[A] / d_i, traces[G] / d_o
         ok = (a > 0) & (g > 0)
-        pi, root = jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0)), jnp.sqrt(jnp.float32(damping))
+        pi, root = (
+            jnp.sqrt(jnp.where(ok, a, 1.0) / jnp.where(ok, g, 1.0)),
+            jnp.sqrt(jnp.asarray(damping, self.weight.dtype)),
+        )
         shift = jnp.zeros_like(traces).at[A].set(pi * root).at[G].set(root / pi)
         return everywhere(self.layout.parted(shift))
 
@@ -218,7 +221,7 @@ class KroneckerFactors(Curvature):
         failure at a refresh keeps the last inverse and is counted, in `failures`.
         """
         is_cached = damping is self.damping  # in a program that has just refreshed for it: nothing else is compiled
-        damping = jnp.float32(damping)
+        damping = jnp.asarray(damping, self.weight.dtype)
 
         def matrices(Ms):
             if self.inverse != "cholesky":
@@ -246,7 +249,7 @@ class KroneckerFactors(Curvature):
                 f"KroneckerFactors of KFAC(inverse='cholesky') have no power {exponent}: build KFAC(inverse='eigh') or "
                 f"'ekfac'."
             )
-        damping = jnp.float32(damping)
+        damping = jnp.asarray(damping, self.weight.dtype)
         power = lambda C: (C + damping) ** exponent
         own = lambda block, means, basis, x: block.apply(means, basis, x, power)
         return self._map(vector, lambda Ms: self._in_bases(Ms, power), own)
@@ -268,14 +271,14 @@ class KroneckerFactors(Curvature):
 
         With inverse="cholesky", which has none, it takes those of the present factors: as dear as a refresh.
         """
-        shift = jnp.float32(damping)
+        shift = jnp.asarray(damping, self.weight.dtype)
         log = lambda C: jnp.log(jnp.abs(C + shift))
         if self.inverse == "ekfac":
             logs = self.by_matrix(lambda QA, QG, S: log(S), (self.vectors,), self.scales)
         else:
             values = self.eigenvalues() if self.inverse == "cholesky" else self.values
             logs = self.by_matrix(lambda alpha, gamma: log(alpha[:, :, None] * gamma[:, None, :]), (values,))
-        total = sum((jnp.sum(x) for x in owners.to_parameters(logs).values()), jnp.float32(0))
+        total = sum((jnp.sum(x) for x in owners.to_parameters(logs).values()), jnp.zeros((), self.weight.dtype))
         for key, (block, _) in own_blocks(self.coverage).items():
             total += block.logdet(self.blocks[key], self.bases[key], shift)
         return total
@@ -284,7 +287,7 @@ class KroneckerFactors(Curvature):
         """Largest and mean trace of a factor, counts, and with `stale` the share of factors at the last refresh."""
         traces = everywhere({size: jnp.sum(diagonals(X), axis=-1) for size, X in self.factors.items()})
         traces = [self.layout.of_size(size).take(trace) for size, trace in traces.items()]
-        traces = jnp.concatenate(traces) if traces else jnp.zeros(1)
+        traces = jnp.concatenate(traces) if traces else jnp.zeros(1, self.weight.dtype)
         due = everywhere(self.stale.due)
         due = {size: self.layout.of_size(size).take(X) for size, X in due.items()}
         return {
@@ -299,7 +302,7 @@ class KroneckerFactors(Curvature):
 
     def _map(self, vector, matrices, own):
         """Applies a function to the blocks of all matrices at once, and one to each kind of other blocks."""
-        given = self.coverage.matrices(trees.float32(vector))
+        given = self.coverage.matrices(trees.wide(vector))
         with trees.exact():
             Ms = {matrix.name: given[matrix.name] for matrix in self.layout.matrices}
             results = dict(owners.to_parameters(matrices(Ms))) if Ms else {}

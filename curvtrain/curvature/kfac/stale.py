@@ -55,7 +55,7 @@ class Staleness:
     def begin(cls, factors: Arrays, scales: Mapping[str, jax.Array]) -> "Staleness":
         """Before the first refresh, at which all are due; of nothing, if there are no factors."""
         of = lambda value, dtype: {size: jnp.full(len(X), value, dtype) for size, X in factors.items()}
-        zeros = lambda: {size: jnp.zeros(X.shape) for size, X in factors.items()}
+        zeros = lambda: {size: jnp.zeros_like(X) for size, X in factors.items()}
         return cls(
             last=zeros(),
             before=zeros(),
@@ -63,7 +63,7 @@ class Staleness:
             intervals_before=of(1, jnp.int32),
             wait=of(0, jnp.int32),
             due=of(False, bool),
-            scale_weights={name: jnp.zeros(len(S)) for name, S in scales.items()},
+            scale_weights={name: jnp.zeros(len(S), S.dtype) for name, S in scales.items()},
         )
 
     def share(self) -> jax.Array:

@@ -219,7 +219,8 @@ def _by_owner(function, layout, arrays, extras, axes) -> Blocks:
         """The function, but zeros from owners who have nothing but padding."""
         if mine is None:
             return function(*given)
-        zeros = lambda: jnp.zeros(jax.eval_shape(function, *given).shape)
+        result = jax.eval_shape(function, *given)
+        zeros = lambda: jnp.zeros(result.shape, result.dtype)
         return jax.lax.cond(jnp.any(mine), lambda: function(*given), zeros)
 
     return Blocks(split(local, axes)(list(arrays), rows, inputs, used), layout)

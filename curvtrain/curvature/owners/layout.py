@@ -209,7 +209,8 @@ class Layout:
 
     def joined(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
         """Vectors (L,) by size as one."""
-        return jnp.concatenate([jnp.zeros(0), *(arrays[size] for size, _ in self.factors)])
+        parts = [arrays[size] for size, _ in self.factors]
+        return jnp.concatenate(parts) if parts else jnp.zeros(0, jnp.float32)
 
     def parted(self, vector: jax.Array) -> dict[str, jax.Array]:
         """The inverse of `joined`."""

@@ -49,12 +49,14 @@ class Structure:
       shapes: the shapes of their leaves.
       scan_axes: for each leaf, how many leading axes count copies of one layer (`nnx.scan`).
       paths: the names of the leaves, for messages and tables.
+      dtype: of a preconditioner, as `curvtrain._dtypes.width` chooses it for the parameters.
     """
 
     treedef: Any
     shapes: tuple[tuple[int, ...], ...]
     scan_axes: tuple[int, ...]
     paths: tuple[str, ...]
+    dtype: str = "float32"
 
     @classmethod
     def of(cls, params: PyTree, scan_axes: PyTree | None = None) -> "Structure":
@@ -71,7 +73,8 @@ class Structure:
                     f"into its real and imaginary parts."
                 )
         counts = (0,) * len(found) if scan_axes is None else tuple(jax.tree.leaves(scan_axes))
-        return cls(treedef, tuple(tuple(leaf.shape) for _, leaf in found), counts, paths)
+        shapes = tuple(tuple(leaf.shape) for _, leaf in found)
+        return cls(treedef, shapes, counts, paths, trees.width(params).name)
 
     @property
     def size(self) -> int:
@@ -79,8 +82,8 @@ class Structure:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def like(self) -> PyTree:
-        """Zeros like the parameters, float32."""
-        return self.treedef.unflatten([jnp.zeros(shape) for shape in self.shapes])
+        """Zeros like the parameters, in the preconditioner's dtype."""
+        return self.treedef.unflatten([jnp.zeros(shape, self.dtype) for shape in self.shapes])
 
     def ravel(self, vector: PyTree) -> jax.Array:
         """Returns a vector as one array (n,), in the order of `jax.flatten_util.ravel_pytree`."""
@@ -126,9 +129,10 @@ class Preconditioner(abc.ABC):
         """One step of the fit to pairs (v, h), or, where v is None, of whitening h.
 
         Args:
-          v, h: float32 like the parameters, with a leading axis of probes, over which the steps' directions are means.
+          v, h: like the parameters, in the structure's dtype, with a leading axis of probes, over which the steps'
+            directions are means.
           key: for noise, and for v where the family needs one that it was not given.
-          rate: mu, float32 ().
+          rate: mu, () of that dtype.
 
         Returns:
           (the new state, how many parts of it were left as they were because the step was not finite, int32 ()).
@@ -136,7 +140,7 @@ class Preconditioner(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, structure: Structure, state: PyTree, vector: PyTree) -> PyTree:
-        """P v, for float32 v like the parameters."""
+        """P v, for v like the parameters in the structure's dtype."""
 
     @abc.abstractmethod
     def invert(self, structure: Structure, state: PyTree, vector: PyTree) -> PyTree:
@@ -164,12 +168,12 @@ class Preconditioner(abc.ABC):
         """h + (damping + eps |h|) noise, with random signs as the noise."""
         if not self.damping:
             return h
-        return h + (self.damping + float(jnp.finfo(jnp.float32).eps) * jnp.abs(h)) * signs(seed, h.shape)
+        return h + (self.damping + float(jnp.finfo(h.dtype).eps) * jnp.abs(h)) * signs(seed, h.shape)
 
     def noisy(self, key: jax.Array, h: PyTree) -> PyTree:
         """`damped` for every leaf, with seeds from a random key."""
         leaves, treedef = jax.tree.flatten(h)
-        seeds = jax.random.bits(key, (len(leaves),))
+        seeds = jax.random.bits(key, (len(leaves),), jnp.uint32)
         return treedef.unflatten([self.damped(a, seed) for a, seed in zip(leaves, seeds, strict=True)])
 
 
@@ -216,7 +220,7 @@ def signs(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         stride *= shape[axis]
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(0x85EBCA6B)
     mixed = (mixed ^ (mixed >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.broadcast_to(jnp.where(mixed >> 31, 1.0, -1.0), shape)
+    return jnp.broadcast_to(jnp.where(mixed >> 31, jnp.float32(1), jnp.float32(-1)), shape)
 
 
 def running_bound(L: jax.Array, present: jax.Array, decay: float) -> jax.Array:

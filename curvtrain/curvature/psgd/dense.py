@@ -51,7 +51,11 @@ class Dense(MatrixPreconditioner):
                 f"{4 * n * n:,} bytes, and a step makes several such matrices. Use Kron(), or raise max_size."
             )
         start = math.sqrt(1.0 if self.initial_scale is None else self.initial_scale)
-        return {"Q": start * jnp.eye(n), "L": jnp.float32(0), "seen": jnp.bool_(False)}
+        return {
+            "Q": start * jnp.eye(n, dtype=structure.dtype),
+            "L": jnp.zeros((), structure.dtype),
+            "seen": jnp.bool_(False),
+        }
 
     def fit(self, structure, state, v, h, key, rate):
         exact, h = (jax.vmap(structure.ravel)(tree) for tree in (h, self.noisy(key, h)))
@@ -72,13 +76,13 @@ class Dense(MatrixPreconditioner):
         a = h @ Q.T  # Q h
         if self.geometry == "EQ":
             if v is None:
-                inverse = solve_triangular(Q, jnp.eye(len(Q)))
+                inverse = solve_triangular(Q, jnp.eye(len(Q), dtype=Q.dtype))
                 return moment(a), inverse.T @ inverse
             return moment(a), moment(solve_triangular(Q, v.T, trans="T").T)
         y = a @ Q  # P h
         if self.geometry == "QEP":
             return moment(y @ Q.T), Q @ Q.T if v is None else moment(v @ Q.T)
-        return moment(y), jnp.eye(len(Q)) if v is None else moment(v)
+        return moment(y), jnp.eye(len(Q), dtype=Q.dtype) if v is None else moment(v)
 
     def apply(self, structure, state, vector):
         with jax.default_matmul_precision(self.precision):

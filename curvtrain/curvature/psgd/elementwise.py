@@ -25,7 +25,7 @@ class Elementwise(Preconditioner):
         leads = [shape[:lead] for shape, lead in zip(structure.shapes, structure.scan_axes, strict=True)]
         return {
             "q": jax.tree.map(lambda zero: zero + start, like),
-            "L": structure.treedef.unflatten([jnp.zeros(lead) for lead in leads]),
+            "L": structure.treedef.unflatten([jnp.zeros(lead, structure.dtype) for lead in leads]),
             "seen": structure.treedef.unflatten([jnp.zeros(lead, bool) for lead in leads]),
         }
 

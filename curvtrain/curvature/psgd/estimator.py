@@ -67,12 +67,12 @@ class FittedPreconditioner(Estimate):
         return (paths,) if self.preconditioner.mixes() else tuple((path,) for path in paths)
 
     def apply(self, vector: PyTree) -> PyTree:
-        """P v, for a vector shaped like the parameters; float32."""
-        return self.preconditioner.apply(self.structure, self.state, trees.float32(vector))
+        """P v, for a vector shaped like the parameters; float64 where one of them is, otherwise float32."""
+        return self.preconditioner.apply(self.structure, self.state, trees.wide(vector))
 
     def invert(self, vector: PyTree) -> PyTree:
-        """P^-1 v, for a vector shaped like the parameters; float32."""
-        return self.preconditioner.invert(self.structure, self.state, trees.float32(vector))
+        """P^-1 v, for a vector shaped like the parameters; float64 where one of them is, otherwise float32."""
+        return self.preconditioner.invert(self.structure, self.state, trees.wide(vector))
 
     def as_matrix(self) -> jax.Array:
         """P as a dense (n, n) matrix in `ravel_pytree(params)` order. Tests and small problems only."""
@@ -195,11 +195,11 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
             noise = jax.random.fold_in(key, _FIT)
             if self.fit == "gradient":
                 observed = mean if self.momentum else self._gradient(objective, params, batch, key, grads)
-                v, h = None, jax.tree.map(lambda a: a[None], observed)
+                v, h = None, jax.tree.map(lambda a: a[None].astype(c.structure.dtype), observed)
             else:
                 v = trees.normal(jax.random.fold_in(noise, 1), params, self.probes)
                 h = jax.vmap(matvec(self.fit, objective, params, batch, key))(v)
-            rate = jnp.float32(self.rate(c.fits) if callable(self.rate) else self.rate)
+            rate = jnp.asarray(self.rate(c.fits) if callable(self.rate) else self.rate, c.structure.dtype)
             return self.family.fit(c.structure, state, v, h, noise, rate)
 
         if self._always:
@@ -228,13 +228,15 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         return not (callable(p) or isinstance(p, jax.Array)) and p == 1
 
     def _gradient(self, objective, params, batch, key, grads: PyTree) -> PyTree:
-        return trees.float32(objective.value_and_grad(params, batch, key)[1] if grads is None else grads)
+        return trees.wide(objective.value_and_grad(params, batch, key)[1] if grads is None else grads)
 
     def _moved(self, c: FittedPreconditioner, observed: PyTree) -> PyTree:
         """The moving average after one more gradient; as it was if that is not finite."""
-        beta = jnp.minimum(c.calls / (c.calls + 1), self.momentum)
+        calls = c.calls.astype(c.structure.dtype)
+        beta = jnp.minimum(calls / (calls + 1), self.momentum)
         fine = jnp.stack([jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(observed)]).all()
-        return jax.tree.map(lambda m, g: jnp.where(fine, beta * m + (1 - beta) * g, m), c.mean, observed)
+        moved = lambda m, g: (beta * m + (1 - beta) * g).astype(m.dtype)
+        return jax.tree.map(lambda m, g: jnp.where(fine, moved(m, g), m), c.mean, observed)
 
     def refresh(self, curvature, objective, params, batch, key, damping=None) -> FittedPreconditioner:
         """The curvature as it is."""

@@ -20,7 +20,7 @@ def is_due(rule: str, probability: Any, calls: jax.Array, waited: jax.Array, key
     "deterministic": the first, then as soon as 1 / probability have passed. "bernoulli": the first two, then by chance.
     """
     if rule == "bernoulli":
-        return (jax.random.uniform(key) < probability) | (calls < _SURE)
+        return (jax.random.uniform(key, dtype=jnp.float32) < probability) | (calls < _SURE)
     return ((waited + 1) * probability >= 1.0 - _ROUNDING) | (calls == 0)
 
 

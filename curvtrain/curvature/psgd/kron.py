@@ -22,7 +22,8 @@ class Kron(Kronecker):
       merge: whether tensors of more than two axes are seen as matrices, split where the two sides are most alike.
       min_ndim: tensors of fewer axes get diagonal factors.
       beyond: "diagonal" or "none": what a side gets that gets no dense factor. A tensor keeps one factor at least.
-      dtype: "float32" or "bfloat16" (PRO, QUAD and QEQ, at rates of 0.1 and more): how factors are stored.
+      dtype: "float32" or "bfloat16" (PRO, QUAD and QEQ, at rates of 0.1 and more): how factors are stored. None:
+        float64 where a parameter is, otherwise float32.
       order: how a step is normalised: "bounded" by a running bound of the curvature; as in the original code without
         memory, "2nd" by the present bound, or "1st" by the size of the direction.
     """

@@ -69,7 +69,10 @@ class KronFit:
           (the new states, how many tensors were left as they were because something was not finite).
         """
         rows = Rows(buckets, together)
-        Q, P, L = ([_listed(bucket, s[name]) for bucket, s in zip(buckets, states, strict=True)] for name in "QPL")
+        dtype = H[0].dtype
+        Q, P, L = (
+            [_listed(bucket, s[name], dtype) for bucket, s in zip(buckets, states, strict=True)] for name in "QPL"
+        )
         P = [[_stored(*pair) for pair in zip(p, q, strict=True)] for p, q in zip(P, Q, strict=True)]
         seen = jnp.concatenate([state["seen"] for state in states])
         largest = jnp.concatenate([jnp.max(jnp.abs(h), axis=_of_each(h)) for h in H])
@@ -98,7 +101,7 @@ class KronFit:
             group.spread(q, out["Q"])
             group.spread(bound, out["L"])
             if group.dense:
-                group.spread(square(q.astype(jnp.float32)).astype(self.dtype), out["P"])
+                group.spread(square(q.astype(bound.dtype)).astype(self.dtype), out["P"])
         counts = np.cumsum([bucket.count for bucket in buckets])[:-1]
         found = [
             {name: _filed(out[name][index]) for name in "QPL"} | {"seen": flags}
@@ -120,14 +123,14 @@ class KronFit:
                     [np.full(b.count, float(len(h) * b.entries)) for b, h in zip(buckets, H, strict=True)]
                 )
                 fourth = total([jnp.square(h / along(t, h.ndim, 1)) for h, t in zip(H, tops, strict=True)])
-                scale = (fourth / jnp.float32(entries)) ** -0.25 / top
+                scale = (fourth / jnp.asarray(entries, top.dtype)) ** -0.25 / top
             return jnp.where(first & jnp.isfinite(scale) & (scale > 0), scale, 1.0)
 
-        return jax.lax.cond(jnp.any(first), found, lambda: jnp.ones(first.shape))
+        return jax.lax.cond(jnp.any(first), found, lambda: jnp.ones(first.shape, largest.dtype))
 
     def _scaled(self, rows: Rows, Q: list[jax.Array], scale: jax.Array) -> list[jax.Array]:
         """Q of P times the scale."""
-        each = rows.of_tensors(scale ** (0.5 / rows.factors))
+        each = rows.of_tensors(scale ** jnp.asarray(0.5 / rows.factors, scale.dtype))
         return [_wide(s, q) * q for s, q in zip(rows.per_group(each), Q, strict=True)]
 
     # -- T1 and T2 -----------------------------------------------------------------------------------------------------
@@ -155,7 +158,9 @@ class KronFit:
         T1 = self._contracted(rows, y, turns)
         if V is not None:
             return list(zip(T1, self._contracted(rows, V, turns), strict=True))
-        T2 = map(functools.partial(self._unit, rows), rows.groups, Q, rows.per_group(jnp.float32(rows.weight)))
+        T2 = map(
+            functools.partial(self._unit, rows), rows.groups, Q, rows.per_group(jnp.asarray(rows.weight, H[0].dtype))
+        )
         return list(zip(T1, T2, strict=True))
 
     def _contracted(
@@ -173,7 +178,7 @@ class KronFit:
         weight = _wide(weight, q)
         if not group.dense:
             return weight * (jnp.square(q) if self.geometry == "QEP" else jnp.ones_like(q))
-        whole = q @ _t(q) if self.geometry == "QEP" else jnp.broadcast_to(jnp.eye(group.size), q.shape)
+        whole = q @ _t(q) if self.geometry == "QEP" else jnp.broadcast_to(jnp.eye(group.size, dtype=q.dtype), q.shape)
         return weight * _whole(rows.mask(group), whole)
 
     def _outer(self, rows: Rows, inverses: list[jax.Array]) -> list[jax.Array]:
@@ -202,10 +207,10 @@ class KronFit:
             sizes.append(jnp.max(inside, axis=_own(group, q)))
         largest = rows.over_rows(jnp.max, rows.of_groups(sizes), 0.0)
         logs = jnp.log(jnp.maximum(largest, _SMALLEST))
-        mean = rows.over_units(jnp.sum, logs, 0.0) / rows.factors
+        mean = rows.over_units(jnp.sum, logs, 0.0) / jnp.asarray(rows.factors, logs.dtype)
         factor = jnp.exp(rows.of_tensors_by_unit(mean) - logs)
         widest = max(group.size for group in rows.groups)
-        bad = rows.over_rows(jnp.max, jnp.where(jnp.isfinite(bounds), 0.0, 1.0), 0.0)
+        bad = rows.over_rows(jnp.max, (~jnp.isfinite(bounds)).astype(bounds.dtype), 0.0)
         bad = jnp.where(jnp.isfinite(jnp.square(largest * factor) * widest), bad, 1.0)  # so that P is finite too
         fine = rows.over_units(jnp.max, bad, 0.0) == 0
         each = rows.per_group(rows.of_units(factor))
@@ -261,10 +266,10 @@ def _spread(rows: Rows, arrays: Sequence[jax.Array]) -> list[Factors]:
     return out
 
 
-def _listed(bucket: Bucket, filed: dict[str, jax.Array]) -> Factors:
-    """One entry for every side, float32, None where there is nothing."""
+def _listed(bucket: Bucket, filed: dict[str, jax.Array], dtype: Any) -> Factors:
+    """One entry for every side, in the dtype of a step, None where there is nothing."""
     factors = [filed.get(str(i)) for i in range(len(bucket.sides))]
-    return [None if a is None else a.astype(jnp.float32) for a in factors]
+    return [None if a is None else a.astype(dtype) for a in factors]
 
 
 def _filed(factors: Factors) -> dict[str, jax.Array]:

@@ -26,7 +26,7 @@ from curvtrain.curvature.unstack import on_one_device
 
 PyTree = Any
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES = ("float32", "bfloat16")  # as which factors may be stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Kronecker(MatrixPreconditioner):
     block_size: int | None = 64
     max_size: int = 8192
     max_skew: float = 2.0
-    dtype: str = "float32"
+    dtype: str | None = None
     order: str = "bounded"
 
     def __post_init__(self):
@@ -54,9 +54,10 @@ class Kronecker(MatrixPreconditioner):
             _checks.positive_int(f"{name}(block_size)", self.block_size, minimum=2)
         _checks.positive_int(f"{name}(max_size)", self.max_size, minimum=0)
         _checks.number_in(f"{name}(max_skew)", self.max_skew, 0.0)
-        _checks.one_of(f"{name}(dtype)", self.dtype, DTYPES)
+        if self.dtype is not None:
+            _checks.one_of(f"{name}(dtype)", self.dtype, DTYPES)
         check_order(name, self.order, self.lipschitz_decay)
-        if self.dtype != "float32" and self.geometry in ("EQ", "QEP"):
+        if self.dtype == "bfloat16" and self.geometry in ("EQ", "QEP"):
             raise ValueError(
                 f"{name}(dtype={self.dtype!r}) rounds the steps of geometry={self.geometry!r} away. Use "
                 f"dtype='float32', or geometry='PRO'."
@@ -78,7 +79,7 @@ class Kronecker(MatrixPreconditioner):
     def blocks(self, structure):
         rows = []
         for bucket in self.buckets(structure):
-            state = jax.eval_shape(lambda bucket=bucket: self._start(bucket))
+            state = jax.eval_shape(lambda bucket=bucket: self._start(bucket, structure.dtype))
             total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
             names = [structure.paths[member.leaf] for member in bucket.members]
             shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
@@ -88,20 +89,20 @@ class Kronecker(MatrixPreconditioner):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def init(self, structure):
-        return {bucket.name: self._start(bucket) for bucket in self.buckets(structure)}
+        return {bucket.name: self._start(bucket, structure.dtype) for bucket in self.buckets(structure)}
 
-    def _start(self, bucket: Bucket) -> dict[str, Any]:
-        dtype, count = DTYPES[self.dtype], bucket.count
+    def _start(self, bucket: Bucket, width: str) -> dict[str, Any]:
+        dtype, count = self.dtype or width, bucket.count
         each = 1.0 if self.initial_scale is None else self.initial_scale ** (0.5 / bucket.factors)  # of Q
         Q, P, L = {}, {}, {}
         for i, side in enumerate(bucket.sides):
             if side.kind == "dense":
-                q = (each * jnp.eye(side.block)).astype(dtype)
+                q = (each * jnp.eye(side.block, dtype=width)).astype(dtype)
                 whole = lambda a, side=side: jnp.zeros((count, side.count, side.block, side.block), dtype) + a
-                Q[str(i)], P[str(i)] = whole(q), whole(jnp.square(q.astype(jnp.float32)).astype(dtype))
-                L[str(i)] = jnp.zeros((count, side.count))
+                Q[str(i)], P[str(i)] = whole(q), whole(jnp.square(q.astype(width)).astype(dtype))
+                L[str(i)] = jnp.zeros((count, side.count), width)
             elif side.kind == "diagonal":
-                Q[str(i)], L[str(i)] = jnp.full((count, side.size), each, dtype), jnp.zeros(count)
+                Q[str(i)], L[str(i)] = jnp.full((count, side.size), each, dtype), jnp.zeros(count, width)
         return {"Q": Q, "P": P, "L": L, "seen": jnp.zeros(count, bool)}
 
     def fit(self, structure, state, v, h, key, rate):
@@ -112,13 +113,13 @@ class Kronecker(MatrixPreconditioner):
             self.geometry,
             self.order,
             self.lipschitz_decay,
-            DTYPES[self.dtype],
+            self.dtype or structure.dtype,
             self.initial_scale is None,
             self.damped,
         ).step
         hs = structure.treedef.flatten_up_to(h)
         vs = None if v is None else structure.treedef.flatten_up_to(v)
-        seeds = jax.random.bits(key, (len(buckets),))
+        seeds = jax.random.bits(key, (len(buckets),), jnp.uint32)
         together = on_one_device()
         parts = [slice(None)] if together else [slice(i, i + 1) for i in range(len(buckets))]
         new, failures = {}, jnp.int32(0)
@@ -143,18 +144,20 @@ class Kronecker(MatrixPreconditioner):
             if side.kind != "dense":
                 return 1.0 / jnp.square(q)
             flat = p.reshape(-1, side.block, side.block)
-            return stacks.inverse(flat, jnp.zeros(len(flat))).reshape(p.shape)
+            return stacks.inverse(flat, jnp.zeros(len(flat), flat.dtype)).reshape(p.shape)
 
         return self._map(structure, state, vector, inverse)
 
     def _map(self, structure: Structure, state: PyTree, vector: PyTree, factor: Callable[..., jax.Array]) -> PyTree:
         leaves = [a[None] for a in structure.treedef.flatten_up_to(vector)]
-        out: list[Any] = [jnp.zeros((1, *shape)) if not math.prod(shape) else None for shape in structure.shapes]
+        out: list[Any] = [
+            jnp.zeros((1, *shape), structure.dtype) if not math.prod(shape) else None for shape in structure.shapes
+        ]
         with jax.default_matmul_precision(self.precision):
             for bucket in self.buckets(structure):
                 filed = state[bucket.name]
                 of = lambda name, i, filed=filed: (
-                    filed[name][str(i)].astype(jnp.float32) if str(i) in filed[name] else None
+                    filed[name][str(i)].astype(structure.dtype) if str(i) in filed[name] else None
                 )
                 used = [
                     None if side.kind == "none" else factor(side, of("Q", i), of("P", i))

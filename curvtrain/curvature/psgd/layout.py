@@ -17,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from curvtrain.curvature.psgd.base import Structure
 from curvtrain.curvature.unstack import unstack
@@ -40,11 +41,11 @@ class Side:
         """The length that the blocks cover: above n if b does not divide it."""
         return self.count * self.block if self.kind == "dense" else self.size
 
-    def mask(self) -> jax.Array | None:
-        """(B, b), 1 where an entry is one of the n; None if all are."""
+    def mask(self) -> np.ndarray | None:
+        """(B, b), whether an entry is one of the n; None if all are."""
         if self.padded == self.size:
             return None
-        return (jnp.arange(self.padded) < self.size).astype(jnp.float32).reshape(self.count, self.block)
+        return (np.arange(self.padded) < self.size).reshape(self.count, self.block)
 
     @property
     def name(self) -> str:

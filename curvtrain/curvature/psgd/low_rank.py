@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
@@ -86,7 +87,7 @@ class LowRank(MatrixPreconditioner):
         start = math.sqrt(1.0 if self.initial_scale is None else self.initial_scale)
         state = {
             "d": jax.tree.map(lambda zero: zero + start, structure.like()),
-            "L": jnp.zeros(3),
+            "L": jnp.zeros(3, structure.dtype),
             "seen": jnp.bool_(False),
         }
         if self.rank:
@@ -113,7 +114,7 @@ class LowRank(MatrixPreconditioner):
         with jax.default_matmul_precision(self.precision):
             if self.rank:
                 new["U"], new["V"] = self._balanced(keys[2], state["U"], state["V"])
-            new = self._step(new, v, h, jax.random.bernoulli(keys[3]), rate)
+            new = self._step(new, v, h, jax.random.bernoulli(keys[3], np.float32(0.5)), rate)
         accepted, failed = accept(exact, new)
         return choose(accepted, new, state), failed.astype(jnp.int32)
 
@@ -148,7 +149,7 @@ class LowRank(MatrixPreconditioner):
         def step_U():
             U, V = state["U"], state["V"]
             Y, size, l = self._pull(V, a, b, L[1])
-            K = jnp.eye(self.rank) + _inner(V, U)
+            K = _eye(self.rank, V) + _inner(V, U)
             return _minus(U, step_length(rate, size), _mix(K.T, Y)), V, L.at[1].set(l)  # dU = (a a^T - b b^T) V K
 
         def step_V():
@@ -182,11 +183,11 @@ class LowRank(MatrixPreconditioner):
         both = (sizes[0] > 0) & (sizes[1] > 0)  # at the start U is zero
         ratio = jnp.where(both, sizes[0] / jnp.where(both, sizes[1], 1.0), 1.0) ** 0.25
         if self.order != "bounded":
-            ratio = jnp.where(jax.random.bernoulli(key, _RESCALES), ratio, 1.0)
+            ratio = jnp.where(jax.random.bernoulli(key, np.float32(_RESCALES)), ratio, 1.0)
             return trees.scale(1.0 / ratio, U), trees.scale(ratio, V)
         UU, VV = UU / ratio**2, VV * ratio**2
         S = jnp.where(both, 0.1 / jnp.maximum(jnp.trace(UU) + jnp.trace(VV), TINY), 0.0) * (UU - VV)
-        even = jnp.eye(self.rank) + 0.5 * S @ S  # exp(-S) and exp(S) to second order
+        even = jnp.eye(self.rank, dtype=S.dtype) + 0.5 * S @ S  # exp(-S) and exp(S) to second order
         return _mix((even - S) / ratio, U), _mix((even + S) * ratio, V)
 
     # -- Q and P, of k vectors (k, *param.shape) -----------------------------------------------------------------------
@@ -205,7 +206,7 @@ class LowRank(MatrixPreconditioner):
         """(x - U K^-1 V^T x) / d."""
         if self.rank:
             U, V = state["U"], state["V"]
-            K = jnp.eye(self.rank) + _inner(V, U)
+            K = _eye(self.rank, V) + _inner(V, U)
             x = trees.subtract(x, _mix(jnp.linalg.solve(K, _inner(x, V).T).T, U))
         return _over(x, state["d"])
 
@@ -214,7 +215,7 @@ class LowRank(MatrixPreconditioner):
         x = _over(x, state["d"])
         if self.rank:
             U, V = state["U"], state["V"]
-            K = jnp.eye(self.rank) + _inner(V, U)
+            K = _eye(self.rank, V) + _inner(V, U)
             x = trees.subtract(x, _mix(jnp.linalg.solve(K.T, _inner(x, U).T).T, V))
         return x
 
@@ -249,6 +250,10 @@ def _inner(X: PyTree, Y: PyTree) -> jax.Array:
 def _mix(C: jax.Array, X: PyTree) -> PyTree:
     """X C^T: m combinations of r vectors, by C (m, r)."""
     return jax.tree.map(lambda x: jnp.tensordot(C, x, axes=1), X)
+
+
+def _eye(rank: int, X: PyTree) -> jax.Array:
+    return jnp.eye(rank, dtype=trees.width(X))
 
 
 def _largest(x: PyTree) -> jax.Array:

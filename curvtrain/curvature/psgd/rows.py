@@ -140,7 +140,7 @@ class Rows:
         """(units,), for each unit the product of its tensor's other units, and of its sides without a factor."""
         tables = self._units_of_tensors[self._tensor_of_unit]
         tables = np.where(tables == np.arange(len(tables))[:, None], len(tables), tables)
-        return _reduced(jnp.prod, units, tables, 1.0) * self.unfactored[self._tensor_of_unit]
+        return _reduced(jnp.prod, units, tables, 1.0) * jnp.asarray(self.unfactored[self._tensor_of_unit], units.dtype)
 
     def of_tensors(self, tensors: jax.Array) -> jax.Array:
         """(rows,) of (tensors,)."""
@@ -155,7 +155,7 @@ class Rows:
         return tensors[self._tensor_of_unit]
 
     def mask(self, group: Group) -> np.ndarray | None:
-        """(*lead, b), 1 where an entry is no padding; None if there is no padding."""
+        """(*lead, b), whether an entry is no padding; None if there is no padding."""
         if not group.dense:
             return None
         sides: list[tuple[Bucket, Side]] = [
@@ -163,7 +163,7 @@ class Rows:
         ]
         if all(side.padded == side.size for _, side in sides):
             return None
-        inside = lambda side: (np.arange(side.padded) < side.size).astype(np.float32).reshape(side.count, side.block)
+        inside = lambda side: (np.arange(side.padded) < side.size).reshape(side.count, side.block)
         rows = np.concatenate([np.tile(inside(side), (bucket.count, 1)) for bucket, side in sides])
         return rows.reshape(*group.lead, group.size)
 
@@ -181,4 +181,4 @@ def _table(owner: np.ndarray, owners: int) -> np.ndarray:
 def _reduced(reduce: Reduction, values: jax.Array, table: np.ndarray, neutral: float) -> jax.Array:
     if table.shape[1] == 1 and (table < len(values)).all():
         return values[table[:, 0]]
-    return reduce(jnp.append(values, neutral)[table], axis=1)
+    return reduce(jnp.append(values, jnp.asarray(neutral, values.dtype))[table], axis=1)

@@ -65,7 +65,7 @@ class XMat(Preconditioner):
         state = {
             "a": [a + start for a in arrays],
             "b": arrays,
-            "L": [jnp.zeros(lead) for lead in leads],
+            "L": [jnp.zeros(lead, structure.dtype) for lead in leads],
             "seen": [jnp.zeros(lead, bool) for lead in leads],
         }
         return {name: self._tree(structure, leaves) for name, leaves in state.items()}

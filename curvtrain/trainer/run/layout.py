@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
+from curvtrain._dtypes import width
 from curvtrain.curvature import CurvatureEstimator
 from curvtrain.curvature.request import Request, check_requests, requested_part, requests
 from curvtrain.losses import Loss
@@ -142,7 +143,7 @@ class Layout:
             model_state=objective.model_state,
             opt_state=self._tx.init(params),
             curvature=None,
-            ema=None if config.ema is None else jax.tree.map(lambda p: jnp.array(p, jnp.float32), params),
+            ema=None if config.ema is None else jax.tree.map(lambda p: jnp.array(p, width(params)), params),
             key=jax.random.key(config.seed),
             frozen=objective.frozen or None,
         )

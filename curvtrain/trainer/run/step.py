@@ -132,7 +132,7 @@ def _extra_args(
 
 
 def moving_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
-    """decay * average + (1 - decay) * params, in float32: in bfloat16, 0.999 is 1."""
+    """decay * average + (1 - decay) * params, in the average's dtype, float32 at least: in bfloat16, 0.999 is 1."""
     return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
+from curvtrain._dtypes import wide, width
 from curvtrain.losses import example_weights
 from curvtrain.objective import batch_size, safe
 
@@ -21,7 +22,7 @@ class Mean(clu_metrics.Average):
     @classmethod
     def of(cls, values: jax.Array, weights: jax.Array) -> "Mean":
         """The mean of values with weights of their shape; a value of weight zero may be anything."""
-        total = jnp.sum(jnp.where(weights != 0, weights * values.astype(jnp.float32), 0.0))
+        total = jnp.sum(jnp.where(weights != 0, weights * wide(values), 0.0))
         return cls(total=total, count=jnp.sum(weights))
 
     def compute(self) -> jax.Array:
@@ -56,7 +57,7 @@ def _metric(name: str, value: Any, batch: Any) -> clu_metrics.Metric:
             f"Trainer.metrics[{name!r}] has shape {value.shape} for a batch of {batch_size(batch)} examples; return "
             f"one value per example."
         )
-    return Mean.of(value, example_weights(batch, value.shape))
+    return Mean.of(value, example_weights(batch, value.shape, width(value)))
 
 
 def merge(first: Metrics | None, second: Metrics) -> Metrics:

@@ -118,7 +118,7 @@ class Factored(Block):
                 jnp.einsum("gnri,gij->gnrj", products.a, given["QA"]),
                 jnp.einsum("gnro,gop->gnrp", products.s, given["QG"]),
             ).squares()
-            zeros = lambda: jnp.zeros((len(a), layer.d_i, layer.d_o))
+            zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_basis))
             sums["S"] = jax.lax.cond(given["due"], of_basis, zeros) if options.sometimes else of_basis()
         return sums
 

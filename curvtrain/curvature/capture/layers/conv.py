@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvtrain._dtypes import wide
 from curvtrain.curvature.capture.layers.base import Unsupported
 from curvtrain.curvature.capture.layers.matrix import MatrixLayer, kernel_shapes
 
@@ -70,7 +71,7 @@ class ConvLayer(MatrixLayer):
 
     def rows(self, x, examples):
         rank = len(self.window)
-        x = x.astype(jnp.float32)
+        x = wide(x)
         x = x.reshape(-1, *x.shape[x.ndim - rank - 1 :])
         padding = self.padding
         reach = [(k - 1) * d + 1 for k, d in zip(self.window, self.kernel_dilation, strict=True)]
@@ -84,7 +85,7 @@ class ConvLayer(MatrixLayer):
         dilated = [(n - 1) * d + 1 for n, d in zip(x.shape[1:-1], self.input_dilation, strict=True)]
         pads = jax.lax.padtype_to_pads(dilated, reach, self.strides, padding) if isinstance(padding, str) else padding
         edges = [(low, high, d - 1) for (low, high), d in zip(pads, self.input_dilation, strict=True)]
-        x = jax.lax.pad(x, jnp.float32(0), [(0, 0, 0), *edges, (0, 0, 0)])
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
         ends = [(n - r) // s * s + 1 for n, r, s in zip(x.shape[1:-1], reach, self.strides, strict=True)]
         # A slice for each offset in the window, in the kernel's own order: conv_general_dilated_patches is a
         # convolution with as many groups as channels, which CPUs take minutes for.
@@ -98,5 +99,5 @@ class ConvLayer(MatrixLayer):
         return patches.transpose(3, 0, 1, 2, 4).reshape(self.groups, examples, -1, self.inputs)
 
     def cotangents(self, s, examples):
-        s = s.astype(jnp.float32).reshape(examples, -1, self.groups, self.outputs)
+        s = wide(s).reshape(examples, -1, self.groups, self.outputs)
         return s.transpose(2, 0, 1, 3)

@@ -3,9 +3,9 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
 from flax import nnx
 
+from curvtrain._dtypes import wide
 from curvtrain.curvature.capture.layers.base import Unsupported
 from curvtrain.curvature.capture.layers.matrix import MatrixLayer, kernel_shapes
 
@@ -43,11 +43,11 @@ class DenseLayer(MatrixLayer):
         return rest[0] if rest else 1
 
     def rows(self, x, examples):
-        x = x.astype(jnp.float32)
+        x = wide(x)
         axis = sorted(a % x.ndim for a in self.axis)  # nnx.LinearGeneral contracts them in this order, however given
         rest = tuple(i for i in range(x.ndim) if i not in axis and i not in self.batch)
         x = x.transpose((*self.batch, *rest, *axis))
         return x.reshape(self.groups, examples, -1, self.inputs)
 
     def cotangents(self, s, examples):
-        return s.astype(jnp.float32).reshape(self.groups, examples, -1, self.outputs)
+        return wide(s).reshape(self.groups, examples, -1, self.outputs)

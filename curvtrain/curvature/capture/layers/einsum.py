@@ -3,8 +3,7 @@
 import dataclasses
 import math
 
-import jax.numpy as jnp
-
+from curvtrain._dtypes import wide
 from curvtrain.curvature.capture.layers.base import Unsupported
 from curvtrain.curvature.capture.layers.matrix import MatrixLayer, kernel_shapes
 
@@ -77,7 +76,7 @@ class EinsumLayer(MatrixLayer):
         shared = [label for label in w if label in x and label in y]
         positions = [pair for pair in expanded if pair[0] not in w]
         where = [expanded.index(pair) for pair in [(s, 0) for s in shared] + positions + [(s, 0) for s in last]]
-        array = array.astype(jnp.float32).transpose(where)
+        array = wide(array).transpose(where)
         return array.reshape(self.groups, examples, -1, math.prod(array.shape[len(array.shape) - len(last) :]))
 
     def rows(self, x, examples):

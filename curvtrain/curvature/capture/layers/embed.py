@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from curvtrain._dtypes import wide
 from curvtrain.curvature.capture.layers.base import Layer, scan_axes_of
 from curvtrain.curvature.capture.layers.gradients import Products
 from curvtrain.curvature.capture.layers.table import TableBlock
@@ -44,11 +45,11 @@ class EmbedLayer(Layer):
 
     def gradients(self, backward):
         """With the one-hot rows written out: for small tables."""
-        n, s = backward.examples, backward.s.astype(jnp.float32)
+        n, s = backward.examples, wide(backward.s)
         if backward.use == "attend":
-            queries = backward.saved.astype(jnp.float32).reshape(1, n, -1, self.d_o)
+            queries = wide(backward.saved).reshape(1, n, -1, self.d_o)
             return Products(s.reshape(1, n, -1, self.d_i), queries)
-        rows = jax.nn.one_hot(backward.saved.reshape(1, n, -1), self.d_i, dtype=jnp.float32)
+        rows = jax.nn.one_hot(backward.saved.reshape(1, n, -1), self.d_i, dtype=s.dtype)
         return Products(rows, s.reshape(1, n, -1, self.d_o))
 
     def squares(self, backward):
@@ -56,11 +57,11 @@ class EmbedLayer(Layer):
         if backward.use == "attend":
             return super().squares(backward)
         index = backward.saved.reshape(n, -1)
-        s = backward.corrected(backward.s.astype(jnp.float32).reshape(1, n, -1, self.d_o))[0]
+        s = backward.corrected(wide(backward.s).reshape(1, n, -1, self.d_o))[0]
         # (sum of s over the positions of one token)^2 = sum over them of s times that sum
-        same = (index[:, :, None] == index[:, None, :]).astype(jnp.float32)
+        same = (index[:, :, None] == index[:, None, :]).astype(s.dtype)
         together = jnp.einsum("nrq,nqd->nrd", same, s)
-        return jnp.zeros((1, self.d_i, self.d_o)).at[0, index].add(s * together)
+        return jnp.zeros((1, self.d_i, self.d_o), s.dtype).at[0, index].add(s * together)
 
     def block(self):
         return TableBlock(self.d_i, self.d_o)

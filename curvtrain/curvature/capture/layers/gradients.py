@@ -80,7 +80,7 @@ class Explicit(Gradients):
     """Gradients that are written out: for layers with few parameters.
 
     Attributes:
-      D: float32 (g, N, d_i, d_o).
+      D: (g, N, d_i, d_o).
     """
 
     D: jax.Array
@@ -97,8 +97,8 @@ class Products(Gradients):
     """Gradients that are sums of products, D_n = sum_r a s^T, over the positions r of an example.
 
     Attributes:
-      a: float32 (g, N, R, d_i), what multiplies the matrix.
-      s: float32 (g, N, R, d_o), cotangents of the products.
+      a: (g, N, R, d_i), what multiplies the matrix.
+      s: (g, N, R, d_o), cotangents of the products.
     """
 
     a: jax.Array
@@ -118,7 +118,7 @@ class Products(Gradients):
         cut = lambda v: jnp.moveaxis(v.reshape(g, n // chunk, chunk, *v.shape[2:]), 1, 0)
         first = jax.eval_shape(chunk_total, *(v[:, :chunk] for v in (a, s)))
         add = lambda total, v: (total + chunk_total(*v), None)
-        return jax.lax.scan(add, jnp.zeros(first.shape), (cut(a), cut(s)))[0]
+        return jax.lax.scan(add, jnp.zeros(first.shape, first.dtype), (cut(a), cut(s)))[0]
 
     def squares(self):
         if self.a.shape[2] == 1:  # one position: the square of a product is the product of squares

@@ -14,8 +14,8 @@ import math
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
+from curvtrain._dtypes import wide
 from curvtrain.curvature.capture.layers.base import Layer, scan_axes_of
 from curvtrain.curvature.capture.layers.blocks import Factored
 from curvtrain.curvature.capture.layers.gradients import Products
@@ -56,8 +56,8 @@ class _LoRALayer(Layer):
         return x, module.lora_a.get_value(), module.lora_b.get_value()
 
     def gradients(self, backward):
-        x, A, B = (v.astype(jnp.float32) for v in backward.saved)
-        s = backward.s.astype(jnp.float32)
+        x, A, B = (wide(v) for v in backward.saved)
+        s = wide(backward.s)
         rows = lambda v: v.reshape(1, backward.examples, math.prod(v.shape[:-1]) // backward.examples, v.shape[-1])
         a, s = self._operands(rows(x), rows(s), A, B)
         return Products(a, s)

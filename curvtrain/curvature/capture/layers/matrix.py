@@ -81,17 +81,17 @@ class MatrixLayer(Layer):
 
     @abc.abstractmethod
     def rows(self, x: jax.Array, examples: int) -> jax.Array:
-        """a without the bias's 1: (g, N, R, inputs), float32."""
+        """a without the bias's 1: (g, N, R, inputs), float32 at least."""
 
     @abc.abstractmethod
     def cotangents(self, s: jax.Array, examples: int) -> jax.Array:
-        """s as (g, N, R, outputs), float32."""
+        """s as (g, N, R, outputs), float32 at least."""
 
     def gradients(self, backward):
         s = self.cotangents(backward.s, backward.examples)
         a = [self.rows(backward.saved, backward.examples)] if self.has_kernel else []
         if self.has_bias:
-            a.append(jnp.ones((*s.shape[:-1], 1), jnp.float32))
+            a.append(jnp.ones((*s.shape[:-1], 1), s.dtype))
         return Products(a[0] if len(a) == 1 else jnp.concatenate(a, axis=-1), s)
 
     def block(self):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from curvtrain._dtypes import wide
 from curvtrain.curvature.capture.layers.base import Layer, Unsupported, scan_axes_of
 from curvtrain.curvature.capture.layers.blocks import UnitBlocks
 from curvtrain.curvature.capture.layers.gradients import Explicit
@@ -62,8 +63,8 @@ class NormLayer(Layer):
         return {name: matrix[:, i].reshape(shape) for i, (name, _) in enumerate(self.shapes)}
 
     def gradients(self, backward):
-        s = backward.s.astype(jnp.float32).reshape(backward.examples, -1, self.channels)
-        x = backward.saved.astype(jnp.float32).reshape(s.shape)
+        s = wide(backward.s).reshape(backward.examples, -1, self.channels)
+        x = wide(backward.saved).reshape(s.shape)
         sums = {"scale": lambda: jnp.sum(s * x, axis=1), "bias": lambda: jnp.sum(s, axis=1)}
         return Explicit(jnp.stack([sums[name]() for name, _ in self.shapes], axis=1)[None])
 
@@ -72,9 +73,11 @@ class NormLayer(Layer):
 
 
 def _normalised(module: Any, x: jax.Array, options: Mapping[str, Any]) -> jax.Array:
-    """x̂: the input as the layer normalises it, before scale and bias; float32. Recomputed, as (y - bias) / scale is
-    undefined where the scale is zero."""
-    x = x.astype(jnp.float32)
+    """x̂: the input as the layer normalises it, before scale and bias; float32 at least.
+
+    Recomputed, as (y - bias) / scale is undefined where the scale is zero.
+    """
+    x = wide(x)
     if isinstance(module, nnx.BatchNorm):
         running = options.get("use_running_average")
         running = module.use_running_average if running is None else running

@@ -18,11 +18,12 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from curvtrain._dtypes import wide, width
 from curvtrain.curvature import trees
 from curvtrain.curvature.capture.layers.blocks import Arrays, OwnBlock, Shapes
 from curvtrain.curvature.capture.layers.rows import second_moment, second_moment_diagonal, shared, total_weight
 
-_CG_TOLERANCE = 1e-6
+_CG_TOLERANCE = {4: 1e-6, 8: 1e-12}  # by the bytes of a number
 _CG_STEPS = 100
 
 
@@ -49,7 +50,7 @@ class TableBlock(OwnBlock):
         return {"counts": V, "G": D, "rows": (1,), "A_head": D, "G_head": V, "head_rows": (1,)}
 
     def measure(self, layer, backward, options):
-        sums = {name: jnp.zeros(shape) for name, shape in self.shapes(layer, options).items()}
+        sums = {name: jnp.zeros(shape, width(backward.s)) for name, shape in self.shapes(layer, options).items()}
         second = second_moment_diagonal if options.diagonal else second_moment
         if backward.use == "attend":
             products = layer.gradients(backward)  # rows are the cotangents of its outputs, columns the queries
@@ -63,9 +64,9 @@ class TableBlock(OwnBlock):
                 f"weight_sharing='reduce' needs one token per example, but {layer.kind} {layer.name!r} looks up "
                 f"{index.shape[1]}. Use 'expand', or treat it as plain (plain={layer.name!r})."
             )
-        s = backward.corrected(backward.s.astype(jnp.float32).reshape(1, backward.examples, -1, self.D))
+        s = backward.corrected(wide(backward.s).reshape(1, backward.examples, -1, self.D))
         w = backward.row_weights(index.shape[1])
-        counts = jnp.zeros((1, self.V)).at[0, index].add(1.0 if w is None else w)
+        counts = jnp.zeros((1, self.V), s.dtype if w is None else w.dtype).at[0, index].add(1.0 if w is None else w)
         return sums | {"counts": counts, "G": second(s, None), "rows": jnp.sum(counts, axis=1)}
 
     def diagonal_of(self, means):
@@ -120,7 +121,7 @@ class TableBlock(OwnBlock):
         def tied(x):
             product = lambda x: self.matvec(means, x) + damping * x
             cg = jax.scipy.sparse.linalg.cg
-            return cg(product, x, x0=inverse(x), tol=_CG_TOLERANCE, maxiter=_CG_STEPS, M=inverse)[0]
+            return cg(product, x, x0=inverse(x), tol=_CG_TOLERANCE[x.dtype.itemsize], maxiter=_CG_STEPS, M=inverse)[0]
 
         return jax.lax.cond(_is_tied(means), tied, inverse, x)
 
@@ -130,7 +131,7 @@ class TableBlock(OwnBlock):
 
     def logdet(self, means, basis, damping):
         def row_by_row():
-            one = lambda row: jnp.linalg.slogdet(row + damping * jnp.eye(self.D))[1]
+            one = lambda row: jnp.linalg.slogdet(row + damping * jnp.eye(self.D, dtype=row.dtype))[1]
             return jnp.sum(jax.lax.map(one, self._rows(means)))
 
         in_basis = lambda: jnp.sum(jnp.log(jnp.abs(self._values(means, basis) + damping)))
