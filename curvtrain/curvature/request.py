@@ -111,8 +111,9 @@ def as_wished(estimator: Estimator, found: Sequence[Request]) -> Estimator:
             if chosen.setdefault(name, (value, request.optimizer))[0] != value:
                 other, optimizer = chosen[name]
                 raise ValueError(
-                    f"One curvature serves optim.{optimizer} and optim.{request.optimizer}, which want {name}={other!r} "
-                    f"and {name}={value!r} of it. Give {type(estimator).__name__}({name}=...) and both of them the same."
+                    f"One curvature serves optim.{optimizer} and optim.{request.optimizer}, which want "
+                    f"{name}={other!r} and {name}={value!r} of it. Give {type(estimator).__name__}({name}=...) and "
+                    f"both of them the same."
                 )
     open_options: Any = estimator  # only dataclasses leave options open
     return dataclasses.replace(open_options, **{n: v for n, (v, _) in chosen.items()}) if chosen else estimator

@@ -1,4 +1,4 @@
-"""The estimator of the gradient's covariance: two factors for every matrix, their eigenbases, second moments in them."""
+"""The estimator of the gradient's covariance: two factors for every matrix, and their eigenbases."""
 
 import dataclasses
 import functools
@@ -130,10 +130,9 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
         usable = functools.reduce(jnp.logical_and, finite, jnp.bool_(True))
         factor_decay = c.decay if self.factor_decay is None else self.factor_decay
         weight, scale_weight = factor_decay * c.weight + 1, c.decay * c.scale_weight + 1
+        square = lambda old, v: old + (jnp.square(v) - old) / scale_weight
         new: dict[str, Any] = {
-            "diagonals": {
-                n: c.diagonals[n] + (jnp.square(v) - c.diagonals[n]) / scale_weight for n, v in vectors.items()
-            },
+            "diagonals": {name: square(c.diagonals[name], v) for name, v in vectors.items()},
             "weight": weight,
             "scale_weight": scale_weight,
             "updates": c.updates + 1,

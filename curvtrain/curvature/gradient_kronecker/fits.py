@@ -4,9 +4,9 @@
     kl     A <- decay A + (1 - decay) G B^-1 G^T / d_o,    B <- decay B + (1 - decay) G^T A^-1 G / d_i
 
 each with the other factor as it was. The inverse is that in the basis, Q_B diag(1 / beta) Q_B^T, and alpha and beta are
-kept up to date, so that they are diag(Q^T A Q) at all times. Both factors begin as s I, for which s^2 is the mean square
-of the first gradient: C then has its size, and no absolute number has to be chosen. (The authors' code begins with 0.1
-and steps only from the second gradient on.)
+kept up to date, so that they are diag(Q^T A Q) at all times. Both factors begin as s I, for which s^2 is the mean
+square of the first gradient: C then has its size, and no absolute number has to be chosen. (The authors' code begins
+with 0.1 and steps only from the second gradient on.)
 """
 
 from typing import Any
@@ -40,18 +40,18 @@ def kl(A, B, QA, QB, alpha, beta, G, *, decay: float) -> tuple[PyTree, PyTree]:
     s = jnp.sqrt(s) if left and right else s
     A, alpha = _begun(A, alpha, s) if left else (A, alpha)
     B, beta = _begun(B, beta, s) if right else (B, beta)
-    in_A, in_B = _root_of_inverse(alpha) if left else None, _root_of_inverse(beta) if right else None
     in_basis = rotated(QA, G, QB, back=True)
+    root = lambda values, used: _root_of_inverse(values) if used else jnp.ones_like(values)
     moved = lambda old, new: decay * old + (1 - decay) * new
     sides: list[PyTree] = [{"factors": A, "values": alpha}, {"factors": B, "values": beta}]
-    if left:  # G B^(-1/2), up to a rotation of its rows
-        X, Y = (G @ QB * in_B[:, None, :], in_basis * in_B[:, None, :]) if right else (G, in_basis)
-        new = X @ _t(X) / d_o, jnp.mean(jnp.square(Y), axis=-1)
-        sides[0] = {"factors": moved(A, new[0]), "values": moved(alpha, new[1])}
+    if left:
+        Y = in_basis * root(beta, right)[:, None, :]
+        X, new = QA @ Y, jnp.mean(jnp.square(Y), axis=-1)
+        sides[0] = {"factors": moved(A, X @ _t(X) / d_o), "values": moved(alpha, new)}
     if right:
-        X, Y = (_t(QA) @ G * in_A[:, :, None], in_basis * in_A[:, :, None]) if left else (G, in_basis)
-        new = _t(X) @ X / d_i, jnp.mean(jnp.square(Y), axis=-2)
-        sides[1] = {"factors": moved(B, new[0]), "values": moved(beta, new[1])}
+        Y = in_basis * root(alpha, left)[:, :, None]
+        X, new = Y @ _t(QB), jnp.mean(jnp.square(Y), axis=-2)
+        sides[1] = {"factors": moved(B, _t(X) @ X / d_i), "values": moved(beta, new)}
     return sides[0], sides[1]
 
 

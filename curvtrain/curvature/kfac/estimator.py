@@ -201,8 +201,8 @@ class KFAC(LayerEstimator[KroneckerFactors]):
     def refresh(self, curvature: KroneckerFactors, objective, params, batch, key, damping=None) -> KroneckerFactors:
         c, cholesky = curvature, self.inverse == "cholesky"
         dtype = c.weight.dtype
-        is_kept = isinstance(damping, jax.Array) and damping.dtype == dtype and not damping.weak_type
-        if not is_kept:  # else it is kept as it is, see `KroneckerFactors.solve`
+        if not (isinstance(damping, jax.Array) and damping.dtype == dtype and not damping.weak_type):
+            # else it is kept as it is, see `KroneckerFactors.solve`
             damping = jnp.asarray(self.damping if damping is None else damping, dtype)
         stale, due = c.stale, None
         if self.stale is not None:

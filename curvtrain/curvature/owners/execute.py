@@ -250,8 +250,9 @@ class _Shares:
     def of(cls, layout: Layout, extras: Sequence[Mapping[str, jax.Array]], devices: int) -> "_Shares":
         """For so many devices."""
         sizes, rows, inputs = {}, {}, {}
+        dims: dict[str, tuple[int, ...]] = {}
         for name, (members, slots) in layout.blocks:
-            pair = layout.rows(name)
+            pair, dims[name] = layout.rows(name), kind_of(name)[2:]
             sizes[name] = [size for size, _ in pair]
             rows[name] = []
             for size, wide in pair:
@@ -264,7 +265,6 @@ class _Shares:
                 else from_parameters(slots.place([extra[m] for m in members]))
                 for extra in extras
             ]
-        dims = {name: kind_of(name)[2:] for name in inputs}
         used = {name: jnp.asarray(slots.used) if slots.padded else None for name, (_, slots) in layout.blocks}
         return cls(sizes, dims, rows, inputs, used)
 
