@@ -64,11 +64,11 @@ def inverses(
         results, before = {}, ()
         for (D, block), sizes in _groups({size: A.shape[-1] for size, A in X.items()}).items():
             room = lambda A, D=D: jnp.pad(A, ((0, 0), *2 * ((0, D - A.shape[-1]),)))
-            d = jnp.concatenate([jnp.full(len(X[size]), X[size].shape[-1]) for size in sizes])
+            d = jnp.concatenate([jnp.full(len(X[size]), X[size].shape[-1], jnp.int32) for size in sizes])
             due = jnp.concatenate([_due(kept.get(size), len(X[size])) for size in sizes])
             A = jnp.concatenate([room(X[size]) for size in sizes])
             A = _symmetric(A, d, jnp.concatenate([shifts[size] for size in sizes])) + _zero_of(before)
-            panels = jnp.where(due, -(-d // block), 0)
+            panels = jnp.where(due, -(-d // block), jnp.int32(0))
             before = whole = jax.lax.map(lambda v, block=block: _swept(v[0], v[1], block), (A, panels))
             start = 0
             for size in sizes:

@@ -1,5 +1,6 @@
 """Optax transformations that consume a curvature."""
 
+from curvtrain.optim.adamqlr import adamqlr as adamqlr
 from curvtrain.optim.ema_nesterov import ema_nesterov as ema_nesterov
 from curvtrain.optim.ema_nesterov import ema_nesterov_params as ema_nesterov_params
 from curvtrain.optim.fadam import fadam as fadam

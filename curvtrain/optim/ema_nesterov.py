@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain.curvature import trees
 from curvtrain.optim.base import require_params, require_transformation, transformation
 
 PyTree = Any
@@ -26,7 +27,7 @@ class EmaNesterovState(NamedTuple):
 
     Attributes:
       inner: the optimizer's.
-      ahead: beta m, float32 like the parameters.
+      ahead: beta m, like the parameters, float32 or float64.
     """
 
     inner: Any
@@ -51,15 +52,15 @@ def ema_nesterov(
     inner = optax.with_extra_args_support(tx)
 
     def init(params):
-        return EmaNesterovState(inner.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+        return EmaNesterovState(inner.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape, trees.width(p)), params))
 
     def update(updates, state, params=None, **extra):
         require_params("ema_nesterov", params)
         moves, after = inner.update(updates, state.inner, params, **extra)
         # theta' - theta = (phi + move) - (phi - beta m), and the next phi is theta' + beta m'
-        next_ahead = lambda u, a: gamma * a + beta * (1 - gamma) * (u.astype(jnp.float32) + a)
+        next_ahead = lambda u, a: gamma * a + beta * (1 - gamma) * (trees.wide(u) + a)
         ahead = jax.tree.map(next_ahead, moves, state.ahead)
-        out = jax.tree.map(lambda u, a: (u.astype(jnp.float32) + a).astype(u.dtype), moves, ahead)
+        out = jax.tree.map(lambda u, a: (trees.wide(u) + a).astype(u.dtype), moves, ahead)
         return out, EmaNesterovState(after, ahead)
 
     return transformation(init, update)
@@ -75,4 +76,4 @@ def ema_nesterov_params(opt_state: PyTree, params: PyTree) -> PyTree:
     found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_ours) if is_ours(node)]
     if len(found) != 1:
         raise ValueError(f"ema_nesterov_params(opt_state) should hold one state of ema_nesterov, not {len(found)}.")
-    return jax.tree.map(lambda p, a: (p.astype(jnp.float32) - a).astype(p.dtype), params, found[0].ahead)
+    return jax.tree.map(lambda p, a: (trees.wide(p) - a).astype(p.dtype), params, found[0].ahead)

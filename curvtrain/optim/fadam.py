@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain.curvature import trees
 from curvtrain.optim.base import require_params, transformation
 
 PyTree = Any
@@ -76,7 +77,7 @@ def fadam(
       clip_form: "paper" divides by max(1, RMS / c), so that what is below c stays; "released", as the authors' code
         does, by max(1, RMS) / c: the same for c = 1 alone.
       debias: whether m is divided by 1 - b1^t.
-      mu_dtype, fim_dtype: of the averages; None for float32.
+      mu_dtype, fim_dtype: of the averages; None for float32, or float64 for float64 parameters.
 
     Returns:
       A transformation whose `update` needs the parameters, for the decay.
@@ -137,31 +138,31 @@ def scale_by_fadam(
         return eps * jnp.maximum(1.0, size) if eps_mode == "released" else jnp.minimum(eps, _EPS2 * size)
 
     def init(params):
-        like = lambda dtype: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype or jnp.float32), params)
+        like = lambda dtype: jax.tree.map(lambda p: jnp.zeros(p.shape, dtype or trees.width(p)), params)
         return FadamState(jnp.int32(0), like(mu_dtype), like(fim_dtype))
 
     def update(updates, state, params=None, **extra):
         if not _checks.is_off(weight_decay):
             require_params("fadam", params)
         t = state.count + 1
-        b = b2 * _left(b2, t - 1) / _left(b2, t)  # 0 at first: f is then the square of the first gradient
-        whole = _left(b1, t) if debias else 1.0
+        width = trees.width(updates)
+        b = b2 * _left(b2, t - 1, width) / _left(b2, t, width)  # 0 at first: f is then the square of the first gradient
+        whole = _left(b1, t, width) if debias else 1.0
 
         def step(g, m, f, *theta):
-            g = g.astype(jnp.float32)
-            f = b * f.astype(jnp.float32) + (1 - b) * jnp.square(g)
+            g = trees.wide(g)
+            f = b * trees.wide(f) + (1 - b) * jnp.square(g)
             D = f**exponent + epsilon(g)
-            m = b1 * m.astype(jnp.float32) + (1 - b1) * clipped(_over(g, D))
+            m = b1 * trees.wide(m) + (1 - b1) * clipped(_over(g, D))
             u = m / whole
             for p in theta:
-                u = u + weight_decay * clipped(_over(p.astype(jnp.float32), D))
+                u = u + weight_decay * clipped(_over(trees.wide(p), D))
             return u, m, f
 
-        trees = () if _checks.is_off(weight_decay) else (params,)
-        found = jax.tree.map(step, updates, state.mu, state.fim, *trees)
+        decayed = () if _checks.is_off(weight_decay) else (params,)
+        found = jax.tree.map(step, updates, state.mu, state.fim, *decayed)
         u, mu, fim = _unzipped(updates, found)
-        like = lambda new, old: jax.tree.map(lambda a, b: a.astype(b.dtype), new, old)
-        return like(u, updates), FadamState(t, like(mu, state.mu), like(fim, state.fim))
+        return trees.cast(u, updates), FadamState(t, trees.cast(mu, state.mu), trees.cast(fim, state.fim))
 
     return transformation(init, update)
 
@@ -171,9 +172,9 @@ def _unzipped(like: PyTree, triples: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     return jax.tree.transpose(jax.tree.structure(like), jax.tree.structure((0, 0, 0)), triples)
 
 
-def _left(b: float | jax.Array, t: jax.Array) -> jax.Array:
+def _left(b: float | jax.Array, t: jax.Array, dtype: Any) -> jax.Array:
     """1 - b^t, to all digits; 0 for t = 0."""
-    return jnp.where(t > 0, -jnp.expm1(t * jnp.log(jnp.float32(b))), 0.0)
+    return jnp.where(t > 0, -jnp.expm1(t * jnp.log(jnp.asarray(b, dtype))), 0.0)
 
 
 def _over(x: jax.Array, D: jax.Array) -> jax.Array:

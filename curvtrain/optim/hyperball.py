@@ -23,7 +23,7 @@ class HyperballState(NamedTuple):
 
     Attributes:
       count: int32 (), updates so far.
-      radius: R of each parameter, float32 ().
+      radius: R of each parameter, ().
     """
 
     count: jax.Array
@@ -55,7 +55,7 @@ def hyperball(learning_rate: optax.ScalarOrSchedule) -> optax.GradientTransforma
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
 
         def step(u, p, R):
-            theta, u = p.astype(jnp.float32), u.astype(jnp.float32)
+            theta, u = trees.wide(p), trees.wide(u)
             size = trees.norm(u)
             unit = u / jnp.where(size > 0, size, 1.0)
             moved = theta - rate * jnp.where(R > 0, R, 1.0) * unit

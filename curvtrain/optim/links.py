@@ -21,7 +21,7 @@ def scale_by_norm(norm: float = 1.0) -> optax.GradientTransformationExtraArgs:
 
     def scaled(u):
         size = trees.norm(u)
-        return (u.astype(jnp.float32) * (norm / jnp.where(size > 0, size, 1.0))).astype(u.dtype)
+        return (trees.wide(u) * (norm / jnp.where(size > 0, size, 1.0))).astype(u.dtype)
 
     update = lambda updates, state, params=None, **extra: (jax.tree.map(scaled, updates), state)
     return transformation(lambda params: optax.EmptyState(), update)

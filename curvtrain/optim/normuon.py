@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain.curvature import trees
 from curvtrain.curvature.matrices import Patterns, check_patterns, matrix_view
 from curvtrain.objective import by_path, path_name
 from curvtrain.optim.base import transformation
@@ -24,7 +25,7 @@ class NormuonState(NamedTuple):
     """State of `normuon`.
 
     Attributes:
-      nu: v of each parameter, float32 (K, d_o) for K matrices of d_o outputs.
+      nu: v of each parameter, (K, d_o) for K matrices of d_o outputs.
     """
 
     nu: PyTree
@@ -46,13 +47,13 @@ def normuon(b2: float = 0.95, *, patterns: Patterns = ()) -> optax.GradientTrans
     ]
 
     def init(params):
-        nu = [jnp.zeros((view.copies, view.sides[1])) for view in views(params)]
+        nu = [jnp.zeros((view.copies, view.sides[1]), trees.width(params)) for view in views(params)]
         return NormuonState(jax.tree.structure(params).unflatten(nu))
 
     def update(updates, state, params=None, **extra):
         out, new = [], []
         for view, u, v in zip(views(updates), by_path(updates).values(), by_path(state.nu).values(), strict=True):
-            U = view.read(u).astype(jnp.float32)
+            U = trees.wide(view.read(u))
             v = b2 * v + (1 - b2) * jnp.sum(jnp.square(U), axis=1) / max(U.shape[1], 1)
             scaled = U / (jnp.sqrt(v) + _EPS)[:, None]
             size = lambda X: jnp.sqrt(jnp.sum(jnp.square(X), axis=(1, 2), keepdims=True))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
-from curvtrain.curvature import owners
+from curvtrain.curvature import owners, trees
 from curvtrain.curvature.matrices import MatrixView, Patterns, check_patterns, matrix_view
 from curvtrain.curvature.mesh import mesh_shape
 from curvtrain.curvature.owners import Matrix, layout_of, owners_for
@@ -69,7 +69,7 @@ def orthogonalize(
       patterns: (regular expression, einops pattern) pairs which say how parameters are matrices, see `matrices.py`:
         `("blocks/.*kernel", "layer i o -> layer i o")` for scanned layers, `("query/kernel", "i head o -> head i o")`
         for one matrix per head.
-      dtype: of the iterations; None: bfloat16 on accelerators, float32 on CPUs.
+      dtype: of the iterations; None: bfloat16 on accelerators, that of the update on CPUs.
 
     Returns:
       A transformation without state. Its `init` raises ValueError for vectors, and says which.
@@ -112,9 +112,10 @@ def orthogonal(updates: PyTree, preset: str, scale: str, patterns: Patterns, dty
 
 
 def newton_schulz(X: jax.Array, preset: str = "standard", dtype: str | None = None) -> jax.Array:
-    """The orthogonalised matrices of (K, d_i, d_o), float32."""
+    """The orthogonalised matrices of (K, d_i, d_o), in the dtype of `trees.width`."""
     coefficients, above = PRESETS[preset]
-    X = X.astype(jnp.float32)
+    X = trees.wide(X)
+    whole = X.dtype
     wide = X.shape[-2] > X.shape[-1]
     X = jnp.swapaxes(X, -1, -2) if wide else X  # so that A is the smaller of the two products
     X = X / (above * jnp.linalg.norm(X, axis=(-2, -1), keepdims=True) + _SMALLEST)
@@ -126,10 +127,10 @@ def newton_schulz(X: jax.Array, preset: str = "standard", dtype: str | None = No
             return a * X + (b * A + c * (A @ A)) @ X, None
 
         table = jnp.asarray(coefficients, dtype)
-        return lambda X: jax.lax.scan(iteration, X.astype(dtype), table)[0].astype(jnp.float32)
+        return lambda X: jax.lax.scan(iteration, X.astype(dtype), table)[0].astype(whole)
 
     if dtype is None:
-        X = jax.lax.platform_dependent(X, cpu=run(jnp.float32), default=run(jnp.bfloat16))
+        X = jax.lax.platform_dependent(X, cpu=run(whole), default=run(jnp.bfloat16))
     else:
         X = run(jnp.dtype(dtype))(X)
     return jnp.swapaxes(X, -1, -2) if wide else X

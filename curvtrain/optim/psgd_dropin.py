@@ -85,7 +85,7 @@ def xmat(
     check_older("xmat", update_global_norm_clip, step_normalizer_order, precision)
 
     def family(structure, whitens, precond_init_scale):
-        return XMat("flat", step_normalizer_order, initial_scale=_of_P(precond_init_scale))
+        return XMat("flat", step_normalizer_order, relative_damping=0.0, initial_scale=_of_P(precond_init_scale))
 
     link = scale_by_fitted(
         "xmat",
@@ -136,7 +136,7 @@ def low_rank_approximation(
                 f"{name}(uvd_rank_of_approximation={rank}) exceeds the number of parameters, {size}. Use a rank of at "
                 f"most {size}."
             )
-        options = dict(initial_scale=_of_P(precond_init_scale), key=key_of(seed))
+        options = dict(relative_damping=0.0, initial_scale=_of_P(precond_init_scale), key=key_of(seed))
         return LowRankFromKey(min(rank, size), step_normalizer_order, **options)
 
     link = scale_by_fitted(
@@ -183,7 +183,7 @@ def affine(
     _checks.number_in("affine(max_skew_triangular)", max_skew_triangular, 0)
 
     def family(structure, whitens, max_size_triangular, max_skew_triangular, precond_init_scale):
-        options = dict(order=step_normalizer_order, initial_scale=_of_P(precond_init_scale))
+        options = dict(order=step_normalizer_order, relative_damping=0.0, initial_scale=_of_P(precond_init_scale))
         return Affine(max_size=_whole(max_size_triangular), max_skew=max_skew_triangular, **options)
 
     link = scale_by_fitted(

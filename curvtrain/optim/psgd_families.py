@@ -42,6 +42,7 @@ class KronOfAxes(Kronecker):
     min_ndim: int = 2
     savings: str | None = None
     whitens: bool = True
+    relative_damping: float | None = 0.0
 
     def sides(self, shape):
         sizes = tuple(n for n in shape if n != 1) or (1,)
@@ -57,8 +58,8 @@ class KronOfAxes(Kronecker):
         made = [Side(n, "diagonal") if d else Side(n, "dense", n) for n, d in zip(sizes, diagonal, strict=True)]
         return tuple(range(len(shape))), tuple(made)
 
-    def damped(self, h, seed):
+    def damped(self, h, seed, floor):
         if not self.whitens:
-            return super().damped(h, seed)
+            return super().damped(h, seed, floor)
         size = jnp.mean(jnp.abs(h), axis=(0, *range(2, h.ndim)), keepdims=True)  # of each tensor of (k, L, ...)
         return h + math.sqrt(jnp.finfo(h.dtype).eps) * size * signs(seed, h.shape)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain.curvature import trees
 from curvtrain.objective import batch_size as examples_of
 from curvtrain.optim.base import require_params, transformation
 
@@ -69,7 +70,8 @@ def rf_rmsprop(
       initial: s begins at 1 ("prior") or at 0 ("zero", an ablation of the paper).
       batch_size: B, over all micro-batches and devices; 1 for a loss that is a sum. None: that of `update`'s `batch=`,
         which a Trainer passes.
-      mu_dtype, nu_dtype: of the momentum and of s; None for float32.
+      mu_dtype, nu_dtype: of the momentum and of s; None for float32, or float64
+        for float64 parameters.
 
     Returns:
       A transformation whose `update` needs `batch=`, unless `batch_size` is given, and for the decay the parameters.
@@ -87,13 +89,13 @@ def rf_rmsprop(
         if has_decay:
             require_params("rf_rmsprop", params)
         nu = _second_moment(updates, state.nu, b2, _examples("rf_rmsprop", batch_size, batch))
-        d = jax.tree.map(lambda g, s: _over(g.astype(jnp.float32), s + damping), updates, nu)
+        d = jax.tree.map(lambda g, s: _over(trees.wide(g), s + damping), updates, nu)
         if has_decay:
-            d = jax.tree.map(lambda d, p: d + weight_decay * p.astype(jnp.float32), d, params)
+            d = jax.tree.map(lambda d, p: d + weight_decay * trees.wide(p), d, params)
         if has_momentum:
-            d = jax.tree.map(lambda m, d: momentum * m.astype(jnp.float32) + d, state.mu, d)
-        mu = _cast(d, state.mu) if has_momentum else {}
-        return _cast(d, updates), RootFreeState(state.count + 1, mu, _cast(nu, state.nu))
+            d = jax.tree.map(lambda m, d: momentum * trees.wide(m) + d, state.mu, d)
+        mu = trees.cast(d, state.mu) if has_momentum else {}
+        return trees.cast(d, updates), RootFreeState(state.count + 1, mu, trees.cast(nu, state.nu))
 
     return optax.chain(transformation(init, update), optax.scale_by_learning_rate(learning_rate))
 
@@ -143,13 +145,14 @@ def rf_adamw(
 
     def update(updates, state, params=None, *, batch=None, **extra):
         nu = _second_moment(updates, state.nu, b2, _examples("rf_adamw", batch_size, batch))
-        average = lambda m, g: b1 * m.astype(jnp.float32) + (1 - b1) * g.astype(jnp.float32)
+        average = lambda m, g: b1 * trees.wide(m) + (1 - b1) * trees.wide(g)
         mu = jax.tree.map(average, state.mu, updates)
         t = state.count + 1
-        left = lambda b: -jnp.expm1(t * jnp.log(jnp.float32(b))) if bias_correction else jnp.float32(1)
+        width = trees.width(updates)
+        left = lambda b: -jnp.expm1(t * jnp.log(jnp.asarray(b, width))) if bias_correction else jnp.ones((), width)
         of_m, of_s = left(b1), left(b2)
         d = jax.tree.map(lambda m, s: _over(m / of_m, s / of_s + damping), mu, nu)
-        return _cast(d, updates), RootFreeState(t, _cast(mu, state.mu), _cast(nu, state.nu))
+        return trees.cast(d, updates), RootFreeState(t, trees.cast(mu, state.mu), trees.cast(nu, state.nu))
 
     links = [transformation(init, update)]
     if not _checks.is_off(weight_decay):
@@ -183,18 +186,14 @@ def _examples(name: str, given: Any, batch: Any) -> Any:
 
 def _like(params: PyTree, dtype: Any, initial: str = "zero") -> PyTree:
     value = 1.0 if initial == "prior" else 0.0
-    return jax.tree.map(lambda p: jnp.full(p.shape, value, dtype or jnp.float32), params)
+    return jax.tree.map(lambda p: jnp.full(p.shape, value, dtype or trees.width(p)), params)
 
 
 def _second_moment(grads: PyTree, nu: PyTree, b2: Any, B: Any) -> PyTree:
-    step = lambda g, s: b2 * s.astype(jnp.float32) + (1 - b2) * B * jnp.square(g.astype(jnp.float32))
+    step = lambda g, s: b2 * trees.wide(s) + (1 - b2) * B * jnp.square(trees.wide(g))
     return jax.tree.map(step, grads, nu)
 
 
 def _over(x: jax.Array, D: jax.Array) -> jax.Array:
     """x / D, and 0 where D is 0: no gradient has been seen there, and there is neither a prior nor a damping."""
     return jnp.where(D > 0, x / jnp.where(D > 0, D, 1.0), 0.0)
-
-
-def _cast(tree: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)

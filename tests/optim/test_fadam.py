@@ -55,7 +55,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("options", "same"), OPTIONS.values(), ids=OPTIONS)
 def test_replays_the_formulas(options, same):
-    assert replay(optim.fadam(RATE, **options), reference(**same)) <= 2e-6
+    assert replay(optim.fadam(RATE, **options), reference(**same)) <= 1e-10
 
 
 def test_the_two_clips_differ_below_the_bound():

@@ -202,8 +202,7 @@ class KFAC(LayerEstimator[KroneckerFactors]):
         c, cholesky = curvature, self.inverse == "cholesky"
         dtype = c.weight.dtype
         if not (isinstance(damping, jax.Array) and damping.dtype == dtype and not damping.weak_type):
-            # else it is kept as it is, see `KroneckerFactors.solve`
-            damping = jnp.asarray(self.damping if damping is None else damping, dtype)
+            damping = jnp.asarray(self.damping if damping is None else damping, dtype)  # else the very one: see `solve`
         stale, due = c.stale, None
         if self.stale is not None:
             stale = stale.refresh(forced=(damping != c.damping) if cholesky else False)

@@ -37,6 +37,8 @@ ORDERS = ("bounded", "2nd", "1st")
 PRECISIONS = ("default", "high", "highest", "float32", "tensorfloat32", "bfloat16")
 TINY = float(jnp.finfo(jnp.float32).tiny)
 DECAY = 0.9
+_ROUNDINGS = {True: 1000, False: 100}  # that the floor is, for whitening or not
+_HIGHEST = 1e-3  # of that floor: 1000 roundings of bfloat16 would be larger than what they are to be told from
 _LONGEST = 0.99  # a step of 1 may take a factor to zero, from where none comes back
 
 
@@ -50,6 +52,7 @@ class Structure:
       scan_axes: for each leaf, how many leading axes count copies of one layer (`nnx.scan`).
       paths: the names of the leaves, for messages and tables.
       dtype: of a preconditioner, as `curvtrain._dtypes.width` chooses it for the parameters.
+      rounding: the relative rounding of the finest dtype among the parameters, and so of gradients.
     """
 
     treedef: Any
@@ -57,6 +60,7 @@ class Structure:
     scan_axes: tuple[int, ...]
     paths: tuple[str, ...]
     dtype: str = "float32"
+    rounding: float = float(jnp.finfo(jnp.float32).eps)
 
     @classmethod
     def of(cls, params: PyTree, scan_axes: PyTree | None = None) -> "Structure":
@@ -74,7 +78,8 @@ class Structure:
                 )
         counts = (0,) * len(found) if scan_axes is None else tuple(jax.tree.leaves(scan_axes))
         shapes = tuple(tuple(leaf.shape) for _, leaf in found)
-        return cls(treedef, shapes, counts, paths, trees.width(params).name)
+        rounding = min((float(jnp.finfo(leaf.dtype).eps) for _, leaf in found), default=cls.rounding)
+        return cls(treedef, shapes, counts, paths, trees.width(params).name, rounding)
 
     @property
     def size(self) -> int:
@@ -101,19 +106,27 @@ class Preconditioner(abc.ABC):
     """A family of P: frozen configuration. What it maintains is a pytree of arrays of one structure.
 
     Attributes:
-      damping: the observations are h + (damping + eps |h|) noise, so that P is bounded where they vanish.
+      damping: the observations are h + (damping + eps |h| + floor) noise, so that P is bounded where they vanish.
+      relative_damping: the floor, as a share of the mean |h| of a parameter or, if that is larger, of all parameters.
+        Directions in which observations are smaller than that are not amplified to the size of the others: what a
+        gradient has there (of a bias before a batch normalisation, of the sum of a softmax's inputs) is rounding. None:
+        1,000 roundings of the parameters' dtype in whitening, 1.2e-4 in float32, and 100 in fits to products; at most
+        1e-3. 0 turns it off, as does damping=0 where it is None.
       initial_scale: P starts as this multiple of I; None chooses the multiple that fits the first observation.
       lipschitz_decay: beta; 0 uses the present bound l alone.
     """
 
     _: dataclasses.KW_ONLY
     damping: float = 1e-9
+    relative_damping: float | None = None
     initial_scale: float | None = None
     lipschitz_decay: float = DECAY
 
     def __post_init__(self):
         name = type(self).__name__
         _checks.number_in(f"{name}(damping)", self.damping, 0.0)
+        if self.relative_damping is not None:
+            _checks.number_in(f"{name}(relative_damping)", self.relative_damping, 0.0)
         _checks.number_in(f"{name}(lipschitz_decay)", self.lipschitz_decay, 0.0, 1.0, open_high=True)
         if self.initial_scale is not None:
             _checks.number_in(f"{name}(initial_scale)", self.initial_scale, 0.0, open_low=True)
@@ -164,17 +177,30 @@ class Preconditioner(abc.ABC):
         """The same with matrix products of this precision; itself if it has none."""
         return self
 
-    def damped(self, h: jax.Array, seed: jax.Array) -> jax.Array:
-        """h + (damping + eps |h|) noise, with random signs as the noise."""
-        if not self.damping:
-            return h
-        return h + (self.damping + float(jnp.finfo(h.dtype).eps) * jnp.abs(h)) * signs(seed, h.shape)
+    def share(self, structure: Structure, whitens: bool) -> float:
+        """The floor of the noise, as a share of the observations' size."""
+        if self.relative_damping is not None:
+            return self.relative_damping
+        return min(_ROUNDINGS[whitens] * structure.rounding, _HIGHEST) if self.damping else 0.0
 
-    def noisy(self, key: jax.Array, h: PyTree) -> PyTree:
-        """`damped` for every leaf, with seeds from a random key."""
+    def damped(self, h: jax.Array, seed: jax.Array, floor: jax.Array) -> jax.Array:
+        """h + (damping + eps |h| + floor) noise, with random signs as the noise."""
+        if not (self.damping or self.relative_damping):
+            return h
+        size = self.damping + float(jnp.finfo(h.dtype).eps) * jnp.abs(h) + floor
+        return h + size * signs(seed, h.shape)
+
+    def noisy(self, structure: Structure, key: jax.Array, h: PyTree, whitens: bool) -> tuple[PyTree, list[jax.Array]]:
+        """(`damped` for every leaf, with seeds from a random key; the floor of each leaf)."""
         leaves, treedef = jax.tree.flatten(h)
-        seeds = jax.random.bits(key, (len(leaves),), jnp.uint32)
-        return treedef.unflatten([self.damped(a, seed) for a, seed in zip(leaves, seeds, strict=True)])
+        seeds, share, whole = (
+            jax.random.bits(key, (len(leaves),), jnp.uint32),
+            self.share(structure, whitens),
+            mean_size(h),
+        )
+        floors = [share * jnp.maximum(jnp.sum(jnp.abs(a)) / max(a.size, 1), whole) for a in leaves]
+        noisy = [self.damped(a, seed, floor) for a, seed, floor in zip(leaves, seeds, floors, strict=True)]
+        return treedef.unflatten(noisy), floors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,11 +259,20 @@ def step_length(rate: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.minimum(rate, _LONGEST) / jnp.maximum(size, TINY)
 
 
-def initial_scale(v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None) -> jax.Array:
+def mean_size(h: PyTree) -> jax.Array:
+    """The mean |h| over all leaves, except for those that are not finite."""
+    totals = [jnp.sum(jnp.abs(a)) for a in jax.tree.leaves(h)]
+    finite = [jnp.where(jnp.isfinite(total), total, 0.0) for total in totals]
+    return functools.reduce(operator.add, finite) / max(trees.size(h), 1)
+
+
+def initial_scale(
+    v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | None = None, floor: jax.Array | float = 0.0
+) -> jax.Array:
     """Returns the scale s with which P = s I fits pairs (v, h), where sums are over `axes`, by default all.
 
-    It is sqrt(sum v^2 / sum h^2), or, whitening, (mean h^4)^(-1/4), which one large entry cannot inflate; and 1 where
-    h is zero or not finite.
+    It is sqrt(sum v^2 / sum h^2), or, whitening, (mean h^4)^(-1/4), which one large entry cannot inflate, but at most
+    1 / floor; and 1 where h is zero or not finite.
     """
     axes = tuple(range(h.ndim)) if axes is None else axes
     if v is None:
@@ -246,7 +281,13 @@ def initial_scale(v: jax.Array | None, h: jax.Array, axes: tuple[int, ...] | Non
         scale = scale / jnp.squeeze(_largest(h, axes), axis=axes)
     else:
         scale = jnp.sqrt(jnp.sum(jnp.square(v), axis=axes) / jnp.sum(jnp.square(h), axis=axes))
-    return jnp.where(jnp.isfinite(scale) & (scale > 0), scale, 1.0)
+    return usable(scale, floor)
+
+
+def usable(scale: jax.Array, floor: jax.Array | float) -> jax.Array:
+    """A scale, at most 1 / floor; 1 where it is zero or not finite."""
+    capped = jnp.minimum(scale, 1.0 / jnp.maximum(floor, TINY))
+    return jnp.where(jnp.isfinite(scale) & (scale > 0), capped, 1.0)
 
 
 def _largest(h: jax.Array, axes: tuple[int, ...] | None) -> jax.Array:

@@ -58,7 +58,8 @@ class Dense(MatrixPreconditioner):
         }
 
     def fit(self, structure, state, v, h, key, rate):
-        exact, h = (jax.vmap(structure.ravel)(tree) for tree in (h, self.noisy(key, h)))
+        noisy, _ = self.noisy(structure, key, h, v is None)
+        exact, h = (jax.vmap(structure.ravel)(tree) for tree in (h, noisy))
         v = None if v is None else jax.vmap(structure.ravel)(v)
         Q = state["Q"]
         if self.initial_scale is None:

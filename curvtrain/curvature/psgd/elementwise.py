@@ -30,7 +30,8 @@ class Elementwise(Preconditioner):
         }
 
     def fit(self, structure, state, v, h, key, rate):
-        hs, noisy = (structure.treedef.flatten_up_to(tree) for tree in (h, self.noisy(key, h)))
+        noisy, floors = self.noisy(structure, key, h, v is None)
+        hs, noisy = (structure.treedef.flatten_up_to(tree) for tree in (h, noisy))
         vs = [None] * len(hs) if v is None else structure.treedef.flatten_up_to(v)
         state = {name: structure.treedef.flatten_up_to(tree) for name, tree in state.items()}
         found = {name: [] for name in state}
@@ -39,7 +40,7 @@ class Elementwise(Preconditioner):
             old = {name: leaves[i] for name, leaves in state.items()}
             q, v_, axes = old["q"], vs[i], tuple(range(lead, old["q"].ndim))
             if self.initial_scale is None:
-                scale = initial_scale(v_, hs[i], (0, *(axis + 1 for axis in axes)))
+                scale = initial_scale(v_, hs[i], (0, *(axis + 1 for axis in axes)), floors[i])
                 q = q * jnp.expand_dims(jnp.where(old["seen"], 1.0, jnp.sqrt(scale)), axes)
             T1 = jnp.mean(jnp.square(jnp.square(q) * noisy[i]), axis=0)
             T2 = jnp.ones_like(q) if v_ is None else jnp.mean(jnp.square(v_), axis=0)

@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from curvtrain.curvature.psgd.base import TINY
+from curvtrain.curvature.psgd.base import TINY, usable
 from curvtrain.curvature.psgd.geometry import step_dense, step_diagonal, triangular_inverse
 from curvtrain.curvature.psgd.layout import Bucket
 from curvtrain.curvature.psgd.rows import Group, Rows
 from curvtrain.curvature.psgd.tensors import Factors, along, contract, masked, multiply, multiply_side
 
 PyTree = Any
-Damp = Callable[[jax.Array, jax.Array], jax.Array]
+Damp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 _SMALLEST = 1e-30  # of the largest entry of a factor that is balanced
 
@@ -37,7 +37,8 @@ class KronFit:
       geometry, order, lipschitz_decay: as in `Kron`.
       dtype: in which factors are stored.
       scales: whether the first observation of a tensor sets the scale of its factors.
-      damp: `(h, seed) -> h` with noise.
+      damp: `(h, seed, floor) -> h` with noise.
+      share: the floor of that noise, as a share of the observations' size.
     """
 
     geometry: str
@@ -46,6 +47,7 @@ class KronFit:
     dtype: Any
     scales: bool
     damp: Damp
+    share: float
 
     def step(
         self,
@@ -54,6 +56,7 @@ class KronFit:
         V: Sequence[jax.Array] | None,
         H: Sequence[jax.Array],
         seeds: jax.Array,
+        whole: jax.Array,
         rate: jax.Array,
         together: bool,
     ) -> tuple[list[PyTree], jax.Array]:
@@ -63,6 +66,7 @@ class KronFit:
           states: of each bucket: {"Q", "P", "L": {side: array}, "seen": (L,)}.
           V, H: for each bucket (k, L, *sides).
           seeds: uint32 (buckets,), of the noise.
+          whole: (), the mean |h| of all parameters.
           together: as in `Rows`.
 
         Returns:
@@ -77,9 +81,12 @@ class KronFit:
         seen = jnp.concatenate([state["seen"] for state in states])
         largest = jnp.concatenate([jnp.max(jnp.abs(h), axis=_of_each(h)) for h in H])
         used = largest != 0
-        scale = self._scale(buckets, V, H, largest, used & ~seen) if self.scales else None
+        floors = [self._floor(bucket, h, whole) for bucket, h in zip(buckets, H, strict=True)]
+        first = used & ~seen
+        scale = self._scale(buckets, V, H, largest, first, jnp.concatenate(floors)) if self.scales else None
 
-        noisy = [masked(b, self.damp(h, seed)) for b, h, seed in zip(buckets, H, seeds, strict=True)]
+        of = zip(buckets, H, seeds, floors, strict=True)
+        noisy = [masked(b, self.damp(h, seed, along(floor, h.ndim, 1))) for b, h, seed, floor in of]
         old = [group.gather(Q) for group in rows.groups]
         start = old if scale is None else self._scaled(rows, old, scale)
         T = self._conditions(rows, start, P, V, noisy, scale)
@@ -109,7 +116,12 @@ class KronFit:
         ]
         return found, jnp.sum(used & ~accepted, dtype=jnp.int32)
 
-    def _scale(self, buckets, V, H, largest: jax.Array, first: jax.Array) -> jax.Array:
+    def _floor(self, bucket: Bucket, h: jax.Array, whole: jax.Array) -> jax.Array:
+        """(L,), the floor of the noise of each tensor."""
+        own = jnp.sum(jnp.abs(h), axis=_of_each(h)) / (len(h) * bucket.entries)
+        return self.share * jnp.maximum(own, whole)
+
+    def _scale(self, buckets, V, H, largest: jax.Array, first: jax.Array, floors: jax.Array) -> jax.Array:
         """(tensors,), the `initial_scale` of P of the tensors whose first observation this is; 1 for the others."""
         total = lambda X: jnp.concatenate([jnp.sum(jnp.square(x), axis=_of_each(x)) for x in X])
 
@@ -124,7 +136,7 @@ class KronFit:
                 )
                 fourth = total([jnp.square(h / along(t, h.ndim, 1)) for h, t in zip(H, tops, strict=True)])
                 scale = (fourth / jnp.asarray(entries, top.dtype)) ** -0.25 / top
-            return jnp.where(first & jnp.isfinite(scale) & (scale > 0), scale, 1.0)
+            return jnp.where(first, usable(scale, floors), 1.0)
 
         return jax.lax.cond(jnp.any(first), found, lambda: jnp.ones(first.shape, largest.dtype))
 

@@ -109,8 +109,9 @@ class LowRank(MatrixPreconditioner):
         if self.initial_scale is None:
             scale = jnp.where(state["seen"], 1.0, jnp.sqrt(initial_scale_of_all(v, h)))
             new["d"] = trees.scale(scale, state["d"])
+        whitens = v is None
         v = trees.normal(keys[0], h) if v is None else v
-        h = self.noisy(keys[1], h)
+        h, _ = self.noisy(structure, keys[1], h, whitens)
         with jax.default_matmul_precision(self.precision):
             if self.rank:
                 new["U"], new["V"] = self._balanced(keys[2], state["U"], state["V"])

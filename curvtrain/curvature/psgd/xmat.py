@@ -72,29 +72,31 @@ class XMat(Preconditioner):
 
     def fit(self, structure, state, v, h, key, rate):
         hs = self._probes(structure, h)
-        noisy = self._probes(structure, self.noisy(key, h))
+        noisy, floors = self.noisy(structure, key, h, v is None)
+        noisy = self._probes(structure, noisy)
+        floors = [0.0] if self.pairing == "flat" else floors
         vs = [None] * len(hs) if v is None else self._probes(structure, v)
         state = {name: jax.tree.leaves(tree) for name, tree in state.items()}
         found = {name: [] for name in state}
         failures = jnp.int32(0)
         for i, lead in enumerate(self._leads(structure)):
             old = {name: leaves[i] for name, leaves in state.items()}
-            new = self._step(old, vs[i], noisy[i], hs[i], lead, rate)
+            new = self._step(old, vs[i], noisy[i], hs[i], floors[i], lead, rate)
             accepted, failed = accept(hs[i], new, lead)
             failures += jnp.sum(failed, dtype=jnp.int32)
             for name, leaf in choose(accepted, new, old).items():
                 found[name].append(leaf)
         return {name: self._tree(structure, leaves) for name, leaves in found.items()}, failures
 
-    def _step(self, old: dict[str, jax.Array], v, h, exact, lead: int, rate) -> dict[str, jax.Array]:
-        """One array: a, b (*lead, ...), L (*lead), v and h (k, *lead, ...); `exact` is h without noise."""
+    def _step(self, old: dict[str, jax.Array], v, h, exact, floor, lead: int, rate) -> dict[str, jax.Array]:
+        """One array: a, b (*lead, ...), L (*lead), v, h (k, *lead, ...); `exact` is h without noise of that floor."""
         a, b = old["a"], old["b"]
         axes = tuple(range(lead, a.ndim))
         flip = lambda x: jnp.flip(x, axis=tuple(range(x.ndim - len(axes), x.ndim)))
         largest = lambda x: jnp.max(x, axis=axes, keepdims=True, initial=0.0)
         mean = lambda x: jnp.mean(x, axis=0)
         if self.initial_scale is None:
-            scale = initial_scale(v, exact, (0, *(axis + 1 for axis in axes)))
+            scale = initial_scale(v, exact, (0, *(axis + 1 for axis in axes)), floor)
             a = a * jnp.where(old["seen"], 1.0, jnp.sqrt(scale)).reshape(largest(a).shape)
         a_, b_ = flip(a), flip(b)
         D = a * a_ - b * b_
