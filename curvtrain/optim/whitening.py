@@ -1,6 +1,6 @@
 """What SOAP, Shampoo and KL-Shampoo share: momentum, multiplied by a root of the gradient's covariance.
 
-    M <- b1 M + (1 - b1) g,    u = (C^p + eps I)^-1 M / (1 - b1^t)
+    M <- b1 M + (1 - b1) g,    u = ((C + damping tr C / n)^p + eps I)^-1 M / (1 - b1^t)
 
 over `GradientFactors`. The momentum is that of the parameters: it is taken into the eigenbasis when it is used, so that
 nothing is to be done to it when the basis changes. Averages in C are debiased already, or need no correction ("kl").
@@ -49,6 +49,7 @@ def scale_by_whitening(
     fit: str | None,
     eigenvalues: str,
     p: float = 0.5,
+    damping: float = 0.0,
     nesterov: bool = False,
     graft: str = "none",
     mu_dtype: Any = None,
@@ -62,6 +63,7 @@ def scale_by_whitening(
       eps: what is added to the roots.
       fit, eigenvalues: of the curvature; fit=None takes either.
       p: the exponent of the root.
+      damping: the share of the mean of a matrix's eigenvalues that is added to each.
       nesterov: whether the momentum looks one step ahead.
       graft: whose size each parameter's update gets: its own, that of the momentum ("sgd"), or of Adam's update.
       mu_dtype: of the momentum; None for float64 where a parameter is, otherwise float32.
@@ -92,7 +94,7 @@ def scale_by_whitening(
         to, back = vectors_for(optimizer, C, updates)
         root = lambda Gamma: 1.0 / ((jnp.sqrt(Gamma) if p == 0.5 else Gamma**p) + eps)
         # before the first gradient C = 0, of which a root is no size of anything: the momentum goes as it is
-        whitened = back(C.map(to(averaged), lambda Gamma: jnp.where(C.begun, root(Gamma), 1.0)))
+        whitened = back(C.map(to(averaged), lambda Gamma: jnp.where(C.begun, root(Gamma), 1.0), damping))
         out, nu = trees.scale(factor * right, whitened), state.nu
         if graft != "none":
             size, nu = _size(graft, updates, trees.scale(factor, averaged), nu, state.count, b2, eps)

@@ -149,13 +149,10 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
         return dataclasses.replace(c, **kept, skipped=c.skipped + jnp.asarray(~usable, jnp.int32))
 
     def _factors(self, c: GradientFactors, matrices, weight: jax.Array, decay: float) -> dict[str, Any]:
-        if c.fit == "ema":
-            moved, arrays = functools.partial(fits.ema, weight=weight), (c.factors,)
-        else:
-            moved, arrays = functools.partial(fits.kl, decay=decay), (c.factors, c.vectors, c.values)
-        found = owners.by_size(moved, c.layout, arrays, (matrices,))
-        names = ("factors",) if c.fit == "ema" else ("factors", "values")
-        return {name: {size: trees[name] for size, trees in found.items()} for name in names}
+        ema = functools.partial(fits.ema, weight=weight)
+        moved = ema if c.fit == "ema" else functools.partial(fits.kl, decay=decay)
+        found = owners.by_size(moved, c.layout, (c.factors, c.vectors, c.values), (matrices,))
+        return {name: {size: trees[name] for size, trees in found.items()} for name in ("factors", "values")}
 
     # -- a refresh -----------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvtrain import _checks
 from curvtrain.curvature import owners, trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.gradient_kronecker.views import Views
@@ -44,7 +45,7 @@ class GradientFactors(Curvature):
 
     Attributes:
       factors: for each size D, all factors of about that size, (L, D, D). Which slot is whose says `layout`.
-      values: for each size, alpha or beta, (L, D): with "ema" those of the last refresh, with "kl" those of now.
+      values: for each size, alpha or beta, (L, D).
       vectors: for each size, Q_A or Q_B, (L, D, D).
       scales: "corrected": for each matrix, V (K, d_i, d_o).
       diagonals: for each parameter that is no matrix, its second moments.
@@ -84,9 +85,8 @@ class GradientFactors(Curvature):
 
     @property
     def begun(self) -> jax.Array:
-        """Whether the eigenvalues are those of any gradient, bool (): before that C is zero."""
-        at_refreshes = self.fit == "ema" and self.eigenvalues == "product"
-        return (self.refreshes if at_refreshes else self.updates) > 0
+        """Whether there was any gradient, bool (): before that C is zero."""
+        return self.updates > 0
 
     # -- as a matrix ---------------------------------------------------------------------------------------------------
 
@@ -97,11 +97,17 @@ class GradientFactors(Curvature):
         """Each parameter by itself."""
         return tuple((path,) for path in self.views.paths)
 
-    def map(self, vector: PyTree, function: Function) -> PyTree:
-        """f(C) v, for a function of arrays of eigenvalues, elementwise."""
+    def map(self, vector: PyTree, function: Function, relative: jax.Array | float = 0.0) -> PyTree:
+        """f(C) v, for a function of arrays of eigenvalues, elementwise.
+
+        `relative` is a damping: this share of the mean of a matrix's eigenvalues is added to each of them.
+        """
         matrices, diagonals = self.views.read(trees.wide(vector))
+        damped = not _checks.is_off(relative)
 
         def inside(QA, QB, M, Gamma):
+            if damped:
+                Gamma = Gamma + relative * jnp.mean(Gamma, axis=(-2, -1), keepdims=True)
             return rotated(QA, function(Gamma) * rotated(QA, M, QB, back=True), QB)
 
         with trees.exact():

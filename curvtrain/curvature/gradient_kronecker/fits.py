@@ -3,10 +3,12 @@
     ema    A <- A + (G G^T - A) / w,    w = 1 + decay w: the debiased moving average
     kl     A <- decay A + (1 - decay) G B^-1 G^T / d_o,    B <- decay B + (1 - decay) G^T A^-1 G / d_i
 
-each with the other factor as it was. The inverse is that in the basis, Q_B diag(1 / beta) Q_B^T, and alpha and beta are
-kept up to date, so that they are diag(Q^T A Q) at all times. Both factors begin as s I, for which s^2 is the mean
+the latter with the other factor as it was, and its inverse in the basis, Q_B diag(1 / beta) Q_B^T. alpha and beta are
+kept up to date: they are diag(Q^T A Q) at all times, so that a direction that is new since the last refresh is none
+without a value, and is not blown up by a root of nothing. The factors of "kl" begin as s I, for which s^2 is the mean
 square of the first gradient: C then has its size, and no absolute number has to be chosen. (The authors' code begins
-with 0.1 and steps only from the second gradient on.)
+with 0.1 and steps only from the second gradient on.) The share of a gradient that is much larger than C expects,
+`SURPRISE`, is smaller than 1 - decay.
 """
 
 from typing import Any
@@ -20,17 +22,22 @@ from curvtrain.curvature.kfac.finite import keep_finite, outside, positive
 
 PyTree = Any
 
+SURPRISE = 10.0  # mean square of a whitened gradient, which should be 1, from which it moves the factors less
 LEAST = 1e-5  # of the mean of a factor's values: what a smaller one counts as where it is inverted
 
 
-def ema(A, B, G, *, weight: jax.Array) -> tuple[PyTree, PyTree]:
-    """Both factors (k, d, d) after a gradient G (k, d_i, d_o)."""
+def ema(A, B, QA, QB, alpha, beta, G, *, weight: jax.Array) -> tuple[PyTree, PyTree]:
+    """Both factors (k, d, d) and their values (k, d) after a gradient G (k, d_i, d_o)."""
+    moved = lambda old, new: old + (new - old) / weight
+    sides: list[PyTree] = [{"factors": A, "values": alpha}, {"factors": B, "values": beta}]
     left, right = _factored(A, B, G)
-    moved = lambda X, used, new: X + (new() - X) / weight if used else X
-    return (
-        {"factors": moved(A, left, lambda: G @ _t(G))},
-        {"factors": moved(B, right, lambda: _t(G) @ G)},
-    )
+    if left:
+        square = jnp.sum(jnp.square(_t(QA) @ G), axis=-1)
+        sides[0] = {"factors": moved(A, G @ _t(G)), "values": moved(alpha, square)}
+    if right:
+        square = jnp.sum(jnp.square(G @ QB), axis=-2)
+        sides[1] = {"factors": moved(B, _t(G) @ G), "values": moved(beta, square)}
+    return sides[0], sides[1]
 
 
 def kl(A, B, QA, QB, alpha, beta, G, *, decay: float) -> tuple[PyTree, PyTree]:
@@ -42,17 +49,32 @@ def kl(A, B, QA, QB, alpha, beta, G, *, decay: float) -> tuple[PyTree, PyTree]:
     B, beta = _begun(B, beta, s) if right else (B, beta)
     in_basis = rotated(QA, G, QB, back=True)
     root = lambda values, used: _root_of_inverse(values) if used else jnp.ones_like(values)
-    moved = lambda old, new: decay * old + (1 - decay) * new
+    in_A, in_B = in_basis * root(beta, right)[:, None, :], in_basis * root(alpha, left)[:, :, None]
+    share = jnp.full(len(G), 1 - decay, G.dtype)
+    if left and right:  # both factors would take up the size of an unusual gradient, C twice of it
+        whitened = in_A * root(alpha, left)[:, :, None]
+        share = share / jnp.sqrt(jnp.maximum(1, jnp.mean(jnp.square(whitened), axis=(-2, -1)) / SURPRISE))
+    moved = lambda old, new: decay * old + share.reshape(-1, *[1] * (old.ndim - 1)) * new
     sides: list[PyTree] = [{"factors": A, "values": alpha}, {"factors": B, "values": beta}]
     if left:
-        Y = in_basis * root(beta, right)[:, None, :]
-        X, new = QA @ Y, jnp.mean(jnp.square(Y), axis=-1)
+        X, new = QA @ in_A, jnp.mean(jnp.square(in_A), axis=-1)
         sides[0] = {"factors": moved(A, X @ _t(X) / d_o), "values": moved(alpha, new)}
     if right:
-        Y = in_basis * root(alpha, left)[:, :, None]
-        X, new = Y @ _t(QB), jnp.mean(jnp.square(Y), axis=-2)
+        X, new = in_B @ _t(QB), jnp.mean(jnp.square(in_B), axis=-2)
         sides[1] = {"factors": moved(B, _t(X) @ X / d_i), "values": moved(beta, new)}
-    return sides[0], sides[1]
+    return _balanced(*sides) if left and right else (sides[0], sides[1])
+
+
+def _balanced(left: PyTree, right: PyTree) -> tuple[PyTree, PyTree]:
+    """c A and B / c, for which the mean values of both are the same: the same C.
+
+    Nothing else holds c: where some directions never have a gradient, one factor would go to zero and one to infinity.
+    """
+    means = [jnp.mean(side["values"], axis=-1, keepdims=True) for side in (left, right)]
+    begun = (means[0] > 0) & (means[1] > 0)
+    c = jnp.where(begun, jnp.sqrt(means[1]) / jnp.sqrt(jnp.where(begun, means[0], 1)), 1)
+    scaled = lambda side, c: {"factors": side["factors"] * c[:, :, None], "values": side["values"] * c}
+    return scaled(left, c), scaled(right, 1 / c)
 
 
 def _begun(X: jax.Array, values: jax.Array, s: jax.Array) -> tuple[jax.Array, jax.Array]:
