@@ -84,10 +84,9 @@ CASES = {
     "UnitWise": Case(UnitWise("exact", **PLAIN), by_curvature),
     "FullBlock": Case(FullBlock("exact", **PLAIN), kfac),
     "FullBlock, hessian": Case(FullBlock("hessian", **PLAIN), lambda: by_curvature(5.0), dampings=(7.0, 20.0)),
-    "GradientKronecker": whitened(lambda: optim.soap(0.02), GradientKronecker(decay=0.95, slots=8)),
-    "GradientKronecker, kl": whitened(lambda: optim.kl_shampoo(0.02, b2=0.9), GradientKronecker("kl", decay=0.9)),
-    "GradientKronecker, product": whitened(
-        lambda: optim.shampoo(0.02, graft="adam"), GradientKronecker("ema", "product", basis="eigh", max_size=4)
+    "GradientKronecker": whitened(lambda: optim.soap(0.02), GradientKronecker(slots=8)),
+    "GradientKronecker, kl": whitened(
+        lambda: optim.kl_shampoo(0.02, b2=0.9), GradientKronecker("kl", decay=0.9, basis="eigh", max_size=4)
     ),
     "PSGD, Kron": psgd(Kron(), momentum=0.9),
     "PSGD, Kron in blocks": psgd(Kron("QUAD", block_size=2), "hessian", 0.1, probes=2),

@@ -75,6 +75,7 @@ def scale_by_whitening(
     if _checks.is_off(b1) and (nesterov or mu_dtype is not None):
         option = "nesterov" if nesterov else "mu_dtype"
         raise ValueError(f"{optimizer}({option}) is about the momentum, and b1=0 keeps none. Leave it out.")
+    is_half = not isinstance(p, jax.Array) and p == 0.5
     wishes: dict[str, Any] = {"eigenvalues": eigenvalues} | ({} if fit is None else {"fit": fit})
     if not isinstance(b2, jax.Array):  # else it is checked when it is used
         wishes["decay"] = float(b2)
@@ -92,7 +93,7 @@ def scale_by_whitening(
         right = _check_decay(optimizer, C, b2)
         averaged, factor, mu = moving_average(updates, state.mu, state.count, b1, nesterov)
         to, back = vectors_for(optimizer, C, updates)
-        root = lambda Gamma: 1.0 / ((jnp.sqrt(Gamma) if p == 0.5 else Gamma**p) + eps)
+        root = lambda Gamma: 1.0 / ((jnp.sqrt(Gamma) if is_half else Gamma**p) + eps)
         # before the first gradient C = 0, of which a root is no size of anything: the momentum goes as it is
         whitened = back(C.map(to(averaged), lambda Gamma: jnp.where(C.begun, root(Gamma), 1.0), damping))
         out, nu = trees.scale(factor * right, whitened), state.nu

@@ -137,6 +137,7 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
             "scale_weight": scale_weight,
             "updates": c.updates + 1,
         }
+        matrices = owners.placed(c.layout, matrices)
         with trees.exact():
             if matrices and c.eigenvalues == "corrected":
                 moved = functools.partial(fits.moments, weight=scale_weight)

@@ -10,6 +10,7 @@ from curvtrain.curvature.owners.execute import blocks as blocks
 from curvtrain.curvature.owners.execute import by_shape as by_shape
 from curvtrain.curvature.owners.execute import by_size as by_size
 from curvtrain.curvature.owners.execute import factorise as factorise
+from curvtrain.curvature.owners.execute import placed as placed
 from curvtrain.curvature.owners.execute import shared as shared
 from curvtrain.curvature.owners.execute import to_parameters as to_parameters
 from curvtrain.curvature.owners.layout import Layout as Layout

@@ -60,6 +60,15 @@ def blocks(layout: Layout, arrays: Mapping[str, jax.Array]) -> Blocks:
     )
 
 
+def placed(layout: Layout, arrays: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """Gradients (K, ...) by matrix's name, brought to their owners once, for several functions that read them."""
+    axes = axes_for(mesh_shape(), layout.owners)
+    if not axes:
+        return arrays
+    found = blocks(layout, arrays).by_shape
+    return Blocks({shape: constrain(from_parameters(X), axes) for shape, X in found.items()}, layout)
+
+
 def shared(tree: PyTree, layout: Layout) -> PyTree:
     """Arrays of slots that every device has whole, each device's share of them."""
     return constrain(everywhere(tree), axes_for(mesh_shape(), layout.owners))
