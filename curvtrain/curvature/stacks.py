@@ -107,6 +107,11 @@ def _eigh(X: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
+def qr(X: jax.Array) -> jax.Array:
+    """The orthogonal factors Q (L, d, d) of matrices (L, d, d)."""
+    return _each(lambda X: jnp.linalg.qr(X)[0], (X,), None)
+
+
 def _each(function: Callable[..., Any], arrays: tuple[jax.Array, ...], kept: Kept) -> Any:
     """function(*arrays); on a CPU of every matrix of them."""
 

@@ -13,6 +13,8 @@ from curvtrain.optim.fosi_dropin import fosi_sgd as fosi_sgd
 from curvtrain.optim.hessian_helper import hessian_helper as hessian_helper
 from curvtrain.optim.hyperball import hyperball as hyperball
 from curvtrain.optim.kfac import kfac as kfac
+from curvtrain.optim.kl_shampoo import kl_shampoo as kl_shampoo
+from curvtrain.optim.kl_shampoo import scale_by_kl_shampoo as scale_by_kl_shampoo
 from curvtrain.optim.links import add_cautious_decay as add_cautious_decay
 from curvtrain.optim.links import scale_by_norm as scale_by_norm
 from curvtrain.optim.muon import muon as muon
@@ -31,3 +33,7 @@ from curvtrain.optim.root_free import rf_rmsprop as rf_rmsprop
 from curvtrain.optim.route import route as route
 from curvtrain.optim.scale_by_curvature import scale_by_curvature as scale_by_curvature
 from curvtrain.optim.self_contained import self_contained as self_contained
+from curvtrain.optim.shampoo import scale_by_shampoo as scale_by_shampoo
+from curvtrain.optim.shampoo import shampoo as shampoo
+from curvtrain.optim.soap import scale_by_soap as scale_by_soap
+from curvtrain.optim.soap import soap as soap

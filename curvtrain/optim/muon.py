@@ -10,8 +10,8 @@ import jax
 import optax
 
 from curvtrain import _checks
+from curvtrain.curvature.matrices import Patterns
 from curvtrain.objective import by_path, path_name
-from curvtrain.optim.matrices import Patterns
 from curvtrain.optim.normuon import normuon
 from curvtrain.optim.orthogonalize import check_orthogonalize, orthogonalize
 

@@ -12,9 +12,9 @@ import optax
 
 from curvtrain import _checks
 from curvtrain.curvature import trees
+from curvtrain.curvature.matrices import Patterns, check_patterns, matrix_view
 from curvtrain.objective import by_path, path_name
 from curvtrain.optim.base import transformation
-from curvtrain.optim.matrices import Patterns, check_patterns, matrix_view
 
 PyTree = Any
 

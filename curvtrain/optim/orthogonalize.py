@@ -20,11 +20,11 @@ import optax
 
 from curvtrain import _checks
 from curvtrain.curvature import owners, trees
+from curvtrain.curvature.matrices import MatrixView, Patterns, check_patterns, matrix_view
 from curvtrain.curvature.mesh import mesh_shape
 from curvtrain.curvature.owners import Matrix, layout_of, owners_for
 from curvtrain.objective import by_path, path_name
 from curvtrain.optim.base import transformation
-from curvtrain.optim.matrices import MatrixView, Patterns, check_patterns, matrix_view
 
 PyTree = Any
 Coefficients = tuple[tuple[float, float, float], ...]

@@ -14,7 +14,6 @@ from curvtrain._keys import Purpose, fold
 from curvtrain._text import table
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
-from curvtrain.curvature.capture import cover
 from curvtrain.curvature.fisher import Diagonal
 from curvtrain.curvature.products import as_matrix, matvec
 from curvtrain.curvature.psgd.base import Preconditioner, Structure
@@ -22,6 +21,7 @@ from curvtrain.curvature.psgd.elementwise import Elementwise
 from curvtrain.curvature.psgd.frequency import RULES, Annealed, is_due
 from curvtrain.curvature.psgd.kron import Kron
 from curvtrain.curvature.psgd.kronecker import Kronecker
+from curvtrain.curvature.scanned import scan_axes
 from curvtrain.objective import Objective, Path, by_path
 
 PyTree = Any
@@ -162,12 +162,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
 
     def structure(self, objective: Objective | None, params: PyTree) -> Structure:
         """Shapes of the parameters, and which of their axes count the layers of an `nnx.scan`."""
-        if objective is None or not objective.has_outputs:
-            return Structure.of(params)
-        counts = {}
-        for layer in cover(objective, params, "PSGD", uncovered="diagonal").layers:
-            counts |= {(*layer.path, name): len(layer.scan_axes) for name, _ in layer.shapes}
-        return Structure.of(params, [counts.get(path, 0) for path in by_path(params)])
+        return Structure.of(params, list(scan_axes("PSGD", objective, params)))
 
     def init(self, objective, params) -> FittedPreconditioner:
         structure = self.structure(objective, params)

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from curvtrain.curvature import CurvatureEstimator
-from curvtrain.curvature.request import Request, check_requests, requested_part, requests
+from curvtrain.curvature.request import Request, as_wished, check_requests, requested_part, requests
 from curvtrain.losses import Loss
 from curvtrain.objective import Objective, annotated_specs, by_path, nested, path_name
 from curvtrain.trainer.config import TrainerConfig
@@ -174,11 +174,15 @@ class Layout:
     def _settled(
         self, estimator: CurvatureEstimator | None, shapes: TrainState, saved: Mapping[str, Any]
     ) -> CurvatureEstimator | None:
-        """The estimator with the options fixed that it leaves open: as in the checkpoints, else for this mesh."""
+        """The estimator with the options fixed that it leaves open.
+
+        They are what the optimizer wishes; what depends on the mesh is as in the checkpoints, else for this one.
+        """
         argument = f"{self._task.name}(curvature)"
         check_requests([request for request in self.requests if not request.paths], None, argument)
         if estimator is None:
             return None
+        estimator = as_wished(estimator, self.requests)
         choices = estimator.choices(*requested_part(self.requests, self.objective, shapes.params), self.mesh)
         if not choices:
             return estimator
