@@ -10,6 +10,7 @@ and name it in `CASES`.
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 import time
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run from a checkout without installing it
 
@@ -30,9 +32,12 @@ from curvtrain import curvature, losses, optim
 from curvtrain.trainer.run.layout import Task
 from curvtrain.trainer.run.plan import Plan
 from curvtrain.trainer.run.step import Kind
+from recipes.common.autoencoder import Autoencoder
+from recipes.common.language import Transformer
 from recipes.common.resnet import ResNet
 
 Programs = dict[str, jax.stages.Lowered]
+PLAIN, UPDATE, REFRESH = Kind(), Kind(update=True), Kind(update=True, refresh=True)
 LEAVES = {"small": 10, "large": 150}
 
 
@@ -50,46 +55,90 @@ def lanczos_iteration() -> Programs:
     return {size: program(leaves) for size, leaves in LEAVES.items()}
 
 
-def equal_layers(layers: int, width: int = 32) -> dict[str, Any]:
-    """Parameters of so many linear layers."""
-    return {f"{i}": {"kernel": jnp.ones((width, width)), "bias": jnp.ones(width)} for i in range(layers)}
+class Layers(nnx.Module):
+    """So many equal layers."""
+
+    def __init__(self, layers: int, rngs: nnx.Rngs, width: int = 32):
+        self.layers = nnx.List(nnx.Linear(width, width, rngs=rngs) for _ in range(layers))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = nnx.tanh(layer(x))
+        return x
 
 
-def optimizer_update(tx: optax.GradientTransformation, estimator: Any) -> Programs:
-    """The update of an optimizer over 10 and 150 equal layers, given its curvature."""
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model of a recipe, with a loss and data of the right shapes: `build(rngs)` makes it."""
 
-    def program(layers: int) -> jax.stages.Lowered:
-        params = equal_layers(layers)
-        extended = optax.with_extra_args_support(tx)
-        given = None if estimator is None else estimator.init(None, params)
-        run = jax.jit(lambda g, s, p, c: extended.update(g, s, p, curvature=c))
-        return run.lower(params, extended.init(params), params, given)
+    build: Callable[[nnx.Rngs], nnx.Module]
+    entry: str
+    loss: Any
+    data: dict[str, np.ndarray]
 
-    return {size: program(layers) for size, layers in LEAVES.items()}
+    def step(self, optimizer: Any, estimator: Any = None, kind: Kind = PLAIN) -> jax.stages.Lowered:
+        """The Trainer's step of one kind."""
+        task = Task("Trainer", self.build, lambda model, batch: model(batch[self.entry]), self.loss, self.loss.metrics)
+        config = curvtrain.TrainerConfig(steps=1, batch_size=len(self.data[self.entry]))
+        schedule = curvtrain.CurvatureSchedule()
+        return Plan(config, task, self.data, optimizer, estimator, schedule).programs.lower(kind)
 
 
-def resnet_steps(optimizer: optax.GradientTransformation, estimator: Any, kind: Kind) -> Programs:
-    """ResNet-8 at batch 128: Adam's step, and a step of another kind."""
+def resnet() -> Model:
+    """ResNet-8 for the digits, at batch 128."""
+    data = {"image": np.zeros((128, 8, 8, 1), np.float32), "label": np.zeros(128, np.int32)}
+    return Model(lambda rngs: ResNet(10, 1, 8, rngs=rngs), "image", losses.SoftmaxCrossEntropy(), data)
 
-    def program(optimizer: Any, estimator: Any, kind: Kind) -> jax.stages.Lowered:
-        loss = losses.SoftmaxCrossEntropy()
-        build = lambda rngs: ResNet(10, 1, 8, rngs=rngs)
-        task = Task("ResNet", build, lambda model, batch: model(batch["image"]), loss, loss.metrics)
-        data = {"image": np.zeros((128, 8, 8, 1), np.float32), "label": np.zeros(128, np.int32)}
-        config = curvtrain.TrainerConfig(steps=1, batch_size=128)
-        return Plan(config, task, data, optimizer, estimator, curvtrain.CurvatureSchedule()).programs.lower(kind)
 
-    return {"small": program(optax.adam(1e-3), None, Kind()), "large": program(optimizer, estimator, kind)}
+def autoencoder() -> Model:
+    """The digits autoencoder of `recipes/autoencoder_kfac.py`, at batch 128."""
+    loss, data = losses.SigmoidCrossEntropy("pixels"), {"pixels": np.zeros((128, 64), np.float32)}
+    return Model(lambda rngs: Autoencoder((64, 48, 24, 8), rngs=rngs), "pixels", loss, data)
+
+
+def transformer() -> Model:
+    """The transformer of `recipes/transformer_psgd.py`, at batch 32 and length 64."""
+    data = {"tokens": np.zeros((32, 64), np.int32), "label": np.zeros((32, 64), np.int32)}
+    return Model(lambda rngs: Transformer(96, 64, rngs=rngs), "tokens", losses.SoftmaxCrossEntropy(), data)
+
+
+def equal_layers(layers: int) -> Model:
+    """So many equal layers, at batch 32."""
+    data = {"x": np.zeros((32, 32), np.float32), "target": np.zeros((32, 32), np.float32)}
+    return Model(lambda rngs: Layers(layers, rngs), "x", losses.SquaredError(), data)
+
+
+ADAM = optax.adam(1e-3)
+FOSI = optim.fosi(ADAM), curvature.Lanczos(10)
+KFAC = optim.kfac(1e-2, 0.9, 1e-2, reject=False), curvature.KFAC()
+PSGD = optim.psgd(1e-3), curvature.PSGD(curvature.Kron(), fit="gradient")
+
+
+def against_adam(model: Model, optimizer: Any, estimator: Any, kind: Kind) -> Programs:
+    """A step of one kind, and Adam's."""
+    return {"small": model.step(ADAM), "large": model.step(optimizer, estimator, kind)}
+
+
+def growing(optimizer: Any, estimator: Any = None, kind: Kind = PLAIN) -> Programs:
+    """The steps of models of 10 and 150 equal layers."""
+    return {size: equal_layers(layers).step(optimizer, estimator, kind) for size, layers in LEAVES.items()}
 
 
 CASES: dict[str, Callable[[], Programs]] = {
     "Lanczos's iteration, 150 leaves / 10": lanczos_iteration,
-    "Adam's update, 150 layers / 10": lambda: optimizer_update(optax.adam(1e-3), None),
-    "FOSI's update, 150 layers / 10": lambda: optimizer_update(optim.fosi(optax.adam(1e-3)), curvature.Lanczos(10)),
-    "ResNet-8, FOSI's step / Adam's": lambda: resnet_steps(optim.fosi(optax.adam(1e-3)), curvature.Lanczos(10), Kind()),
-    "ResNet-8, a step with a Lanczos refresh / Adam's": lambda: resnet_steps(
-        optim.fosi(optax.adam(1e-3)), curvature.Lanczos(10), Kind(refresh=True)
-    ),
+    "Adam's step, 150 layers / 10": lambda: growing(ADAM),
+    "FOSI's step, 150 layers / 10": lambda: growing(*FOSI),
+    "PSGD's step, 150 layers / 10": lambda: growing(*PSGD, UPDATE),
+    "K-FAC's step, 150 layers / 10": lambda: growing(*KFAC, UPDATE),
+    "K-FAC's step with a refresh, 150 layers / 10": lambda: growing(*KFAC, REFRESH),
+    "ResNet-8, FOSI's step / Adam's": lambda: against_adam(resnet(), *FOSI, Kind()),
+    "ResNet-8, a step with a Lanczos refresh / Adam's": lambda: against_adam(resnet(), *FOSI, Kind(refresh=True)),
+    "transformer, PSGD's step / Adam's": lambda: against_adam(transformer(), *PSGD, UPDATE),
+    "autoencoder, PSGD's step / Adam's": lambda: against_adam(autoencoder(), *PSGD, UPDATE),
+    "autoencoder, K-FAC's step / Adam's": lambda: against_adam(autoencoder(), *KFAC, UPDATE),
+    "autoencoder, K-FAC's step with a refresh / Adam's": lambda: against_adam(autoencoder(), *KFAC, REFRESH),
+    "ResNet-8, K-FAC's step / Adam's": lambda: against_adam(resnet(), *KFAC, UPDATE),
+    "ResNet-8, K-FAC's step with a refresh / Adam's": lambda: against_adam(resnet(), *KFAC, REFRESH),
 }
 
 

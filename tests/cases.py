@@ -15,6 +15,7 @@ from curvtrain.curvature import (
     Diagonal,
     DiagonalFisher,
     FullBlock,
+    GradientKronecker,
     Kron,
     KroneckerDiagonal,
     Lanczos,
@@ -56,6 +57,11 @@ def psgd(preconditioner, fit="gradient", rate=0.02, **options):
     return Case(estimator, lambda: optim.psgd(rate), dampings=(0.0,), fitted=True, rounding=rounding)
 
 
+def whitened(optimizer, estimator):
+    """A case of the gradient's covariance, for which a training step's own gradients are taken."""
+    return Case(estimator, optimizer, rounding=1e-2)
+
+
 def by_curvature(damping=0.1):
     return optax.chain(optim.scale_by_curvature(damping), optax.sgd(0.1, momentum=0.5))
 
@@ -78,6 +84,10 @@ CASES = {
     "UnitWise": Case(UnitWise("exact", **PLAIN), by_curvature),
     "FullBlock": Case(FullBlock("exact", **PLAIN), kfac),
     "FullBlock, hessian": Case(FullBlock("hessian", **PLAIN), lambda: by_curvature(5.0), dampings=(7.0, 20.0)),
+    "GradientKronecker": whitened(lambda: optim.soap(0.02), GradientKronecker(slots=8)),
+    "GradientKronecker, kl": whitened(
+        lambda: optim.kl_shampoo(0.02, b2=0.9), GradientKronecker("kl", decay=0.9, basis="eigh", max_size=4)
+    ),
     "PSGD, Kron": psgd(Kron(), momentum=0.9),
     "PSGD, Kron in blocks": psgd(Kron("QUAD", block_size=2), "hessian", 0.1, probes=2),
     "PSGD, Affine": psgd(Affine(), "ggn", 0.1, update_probability=0.5),
@@ -94,6 +104,9 @@ OPTIMIZERS = {
     "kfac, fixed": (lambda: optim.kfac(0.1, 0.9, 0.1, norm_constraint=1e-3), DiagonalFisher()),
     "natural_gradient": (lambda: optim.natural_gradient(0.1, momentum=0.9, l2=1e-3, lars=True), UnitWise(**PLAIN)),
     "scale_by_curvature": (by_curvature, UnitWise(**PLAIN)),
+    "soap": (lambda: optim.soap(0.01, nesterov=True), GradientKronecker()),
+    "kl_shampoo": (lambda: optim.kl_shampoo(0.01), GradientKronecker("kl", decay=0.98)),
+    "shampoo": (lambda: optim.shampoo(0.01, exponent=-0.25, graft="sgd"), GradientKronecker(eigenvalues="product")),
     "psgd": (lambda: optim.psgd(0.01, weight_decay=0.1, clip_global_norm=1.0), PSGD()),
     "psgd, nesterov": (lambda: optim.psgd(0.01, nesterov=True, style="adam"), PSGD(Kron("EQ"), "hessian")),
 }

@@ -27,6 +27,8 @@ from curvtrain.curvature.fisher import FullBlock as FullBlock
 from curvtrain.curvature.fisher import KroneckerDiagonal as KroneckerDiagonal
 from curvtrain.curvature.fisher import LayerEstimator as LayerEstimator
 from curvtrain.curvature.fisher import UnitWise as UnitWise
+from curvtrain.curvature.gradient_kronecker import GradientFactors as GradientFactors
+from curvtrain.curvature.gradient_kronecker import GradientKronecker as GradientKronecker
 from curvtrain.curvature.kfac import KFAC as KFAC
 from curvtrain.curvature.kfac import KroneckerFactors as KroneckerFactors
 from curvtrain.curvature.lanczos import Lanczos as Lanczos

@@ -67,21 +67,21 @@ class Curvature(Estimate):
         raise TypeError(
             f"{type(self).__name__} has no power {exponent} of (C + damping I): only -1, which is `solve`. Curvatures "
             f"with an eigenbasis have them all: those of Lanczos, DiagonalFisher, KroneckerDiagonal, UnitWise, "
-            f"FullBlock and KFAC(inverse='eigh' or 'ekfac')."
+            f"FullBlock, GradientKronecker and KFAC(inverse='eigh' or 'ekfac')."
         )
 
     def diagonal(self) -> PyTree:
         """The diagonal of C, like the parameters; float64 where one of them is, otherwise float32."""
         raise TypeError(
             f"{type(self).__name__} does not know its diagonal. Curvatures of Lanczos, DiagonalFisher, "
-            f"KroneckerDiagonal, UnitWise, FullBlock and KFAC do."
+            f"KroneckerDiagonal, UnitWise, FullBlock, GradientKronecker and KFAC do."
         )
 
     def logdet(self, damping: jax.Array | float) -> jax.Array:
         """log |det(C + damping I)|, a scalar."""
         raise TypeError(
             f"{type(self).__name__} does not know its determinant. Curvatures of Lanczos, DiagonalFisher, "
-            f"KroneckerDiagonal, UnitWise, FullBlock and KFAC do."
+            f"KroneckerDiagonal, UnitWise, FullBlock, GradientKronecker and KFAC do."
         )
 
     def as_matrix(self) -> jax.Array:

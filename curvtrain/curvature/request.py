@@ -6,15 +6,16 @@ and learns which parameters are to be measured, what kind of curvature is expect
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 
-from curvtrain.curvature.base import Estimate
+from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.objective import Objective, Path, by_path, nested
 
 PyTree = Any
+Estimator = TypeVar("Estimator", bound=CurvatureEstimator)
 
 
 class _Paths(tuple):
@@ -45,6 +46,8 @@ class Request:
       takes: the class of curvature that it takes.
       paths: of the parameters that it was initialised with.
       damping_every: steps after which the damping may change; None if it is constant, or changes in every step.
+      constant: whether the damping is a plain number of the program: a resumed run takes that of the new program.
+      wishes: (name, value) pairs of the estimator's options, for those that its user left open (None).
     """
 
     damping: jax.Array | None
@@ -52,6 +55,8 @@ class Request:
     takes: type[Estimate] = dataclasses.field(metadata=dict(static=True))
     paths: tuple[Path, ...] = dataclasses.field(metadata=dict(static=True))
     damping_every: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    constant: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    wishes: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
     @classmethod
     def of(
@@ -61,9 +66,12 @@ class Request:
         params: PyTree,
         damping: jax.Array | None = None,
         damping_every: int | None = None,
+        constant: bool = False,
+        wishes: Mapping[str, Any] | None = None,
     ) -> "Request":
         """The request of an optimizer that is initialised with `params`, which may have holes (`optax.masked`)."""
-        return cls(damping, optimizer, takes, _Paths(by_path(params)), damping_every)
+        known = tuple((wishes or {}).items())
+        return cls(damping, optimizer, takes, _Paths(by_path(params)), damping_every, constant, known)
 
     def with_damping(self, damping: jax.Array) -> "Request":
         """The same wishes with another damping."""
@@ -94,6 +102,27 @@ def requested_part(found: Sequence[Request], objective: Objective, params: PyTre
     return objective.select(params, paths)
 
 
+def as_wished(estimator: Estimator, found: Sequence[Request]) -> Estimator:
+    """The estimator with options that its user left open, None, as the optimizers wish.
+
+    Raises ValueError if two of them wish different ones.
+    """
+    chosen: dict[str, tuple[Any, str]] = {}
+    for request in found:
+        for name, value in request.wishes:
+            if getattr(estimator, name, value) is not None:  # said already, or no option of this estimator
+                continue
+            if chosen.setdefault(name, (value, request.optimizer))[0] != value:
+                other, optimizer = chosen[name]
+                raise ValueError(
+                    f"One curvature serves optim.{optimizer} and optim.{request.optimizer}, which want "
+                    f"{name}={other!r} and {name}={value!r} of it. Give {type(estimator).__name__}({name}=...) and "
+                    f"both of them the same."
+                )
+    open_options: Any = estimator  # only dataclasses leave options open
+    return dataclasses.replace(open_options, **{n: v for n, (v, _) in chosen.items()}) if chosen else estimator
+
+
 def part_of(vector: PyTree, params: PyTree) -> PyTree:
     """The leaves of a vector that belong to these parameters, structured like them."""
     have, want = by_path(vector), by_path(params)
@@ -120,5 +149,6 @@ def _described(kind: type[Estimate]) -> str:
     return {
         "Curvature": "a Curvature, such as that of curvature.KFAC()",
         "Eigenpairs": "Eigenpairs, those of curvature.Lanczos(k)",
+        "GradientFactors": "GradientFactors, those of curvature.GradientKronecker()",
         "FittedPreconditioner": "a FittedPreconditioner, such as that of curvature.PSGD()",
     }.get(kind.__name__, kind.__name__)

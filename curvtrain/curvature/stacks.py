@@ -22,9 +22,9 @@ from curvtrain.curvature import trees
 
 PyTree = Any
 
-_SMALL = 32  # twice that is well below the size from which OpenBLAS factorises in several threads, 128 in float32
-_BLOCKS = 16  # at most, on the diagonal of a matrix
-_STEP = 8  # sizes of small matrices are multiples of it
+_PANEL = 32  # columns; twice that is well below the size from which OpenBLAS starts threads, 128 in float32
+_BLOCKS = 16  # panels of a matrix at most
+_TOGETHER = 128  # matrices up to this size are inverted by one program
 
 
 def in_turn(
@@ -54,46 +54,39 @@ def inverses(
     Reads the lower triangles. A matrix that is not positive definite gives NaN; whether an inverse is finite shows on
     its diagonal. Matrices that are not due cost nothing on a CPU; elsewhere an array does of which none is due.
 
-    On a CPU, sizes with equally many panels are inverted by one program: those of layers with and without a bias.
+    On a CPU, all small sizes are inverted by one program, and those of layers with and without a bias.
     """
     kept = kept or {}
     if not X:
         return {}
-    damped = {size: _damped(X[size], shifts[size]) for size in X}
 
-    def by_panels(damped, kept):
-        groups: dict[tuple[int, int], list[str]] = {}
-        for size, A in damped.items():
-            groups.setdefault(_panels(A.shape[-1]), []).append(size)
+    def by_panels(X, shifts, kept):
         results, before = {}, ()
-        for (count, block), sizes in groups.items():
-            wide = lambda A, count=count, block=block: jax.vmap(lambda A: _padded(A, count * block))(A)
-            A = jnp.concatenate([wide(damped[size]) for size in sizes]) + _zero_of(before)
-            due = jnp.concatenate([_due(kept.get(size), len(damped[size])) for size in sizes])
-            always = all(kept.get(size) is None for size in sizes)
-            sweep = lambda A, block=block: _swept(A, block)
-            one = lambda v, sweep=sweep: jax.lax.cond(v[1], sweep, lambda same: same, v[0])
-            before = whole = jax.lax.map(sweep, A) if always else jax.lax.map(one, (A, due))
+        for (D, block), sizes in _groups({size: A.shape[-1] for size, A in X.items()}).items():
+            room = lambda A, D=D: jnp.pad(A, ((0, 0), *2 * ((0, D - A.shape[-1]),)))
+            d = jnp.concatenate([jnp.full(len(X[size]), X[size].shape[-1], jnp.int32) for size in sizes])
+            due = jnp.concatenate([_due(kept.get(size), len(X[size])) for size in sizes])
+            A = jnp.concatenate([room(X[size]) for size in sizes])
+            A = _symmetric(A, d, jnp.concatenate([shifts[size] for size in sizes])) + _zero_of(before)
+            panels = jnp.where(due, -(-d // block), jnp.int32(0))
+            before = whole = jax.lax.map(lambda v, block=block: _swept(v[0], v[1], block), (A, panels))
             start = 0
             for size in sizes:
-                d, stop = damped[size].shape[-1], start + len(damped[size])
+                d, stop = X[size].shape[-1], start + len(X[size])
                 results[size], start = _keep(kept.get(size), whole[start:stop, :d, :d]), stop
-        return {size: results[size] for size in damped}
+        return {size: results[size] for size in X}
 
-    def by_size(damped, kept):
+    def by_size(X, shifts, kept):
+        damped = {size: A + shifts[size][:, None, None] * jnp.eye(A.shape[-1], dtype=A.dtype) for size, A in X.items()}
         return in_turn(lambda size, A: _together(_by_cholesky, (A,), kept.get(size)), damped)
 
     with trees.exact():
-        return jax.lax.platform_dependent(damped, dict(kept), cpu=by_panels, default=by_size)
+        return jax.lax.platform_dependent(dict(X), dict(shifts), dict(kept), cpu=by_panels, default=by_size)
 
 
 def inverse(X: jax.Array, shift: jax.Array) -> jax.Array:
     """The same for one array."""
     return inverses({"": X}, {"": shift})[""]
-
-
-def _damped(X: jax.Array, shift: jax.Array) -> jax.Array:
-    return X + shift[..., None, None] * jnp.eye(X.shape[-1], dtype=X.dtype)
 
 
 def _by_cholesky(A: jax.Array) -> jax.Array:
@@ -112,6 +105,11 @@ def eigh(X: jax.Array, kept: Kept = None) -> tuple[jax.Array, jax.Array]:
 def _eigh(X: jax.Array) -> tuple[jax.Array, jax.Array]:
     values, vectors = jnp.linalg.eigh(X, symmetrize_input=False)
     return values, vectors
+
+
+def qr(X: jax.Array) -> jax.Array:
+    """The orthogonal factors Q (L, d, d) of matrices (L, d, d)."""
+    return _each(lambda X: jnp.linalg.qr(X)[0], (X,), None)
 
 
 def _each(function: Callable[..., Any], arrays: tuple[jax.Array, ...], kept: Kept) -> Any:
@@ -153,24 +151,29 @@ def _due(kept: Kept, count: int) -> jax.Array:
 # -- panel by panel ----------------------------------------------------------------------------------------------------
 
 
-def _panels(d: int) -> tuple[int, int]:
-    """(number of panels, columns of each) of a matrix of size d."""
-    if d <= _SMALL:
-        return 1, -(-d // _STEP) * _STEP
-    block = -(-d // (_BLOCKS * _SMALL)) * _SMALL
-    return -(-d // block), block
+def _groups(sizes: Mapping[str, int]) -> dict[tuple[int, int], list[str]]:
+    """{(D, columns of a panel): names of sizes d <= D that are inverted together, in arrays (D, D)}.
+
+    XLA compiles a loop for every D (0.3 to 0.5 s of a CPU); small matrices cost little more with room around them, as
+    only their own panels are swept.
+    """
+    groups: dict[tuple[int, int], list[str]] = {}
+    most = max((d for d in sizes.values() if d <= _TOGETHER), default=0)
+    for size, d in sizes.items():
+        block = -(-d // (_BLOCKS * _PANEL)) * _PANEL
+        groups.setdefault((-(-max(d, most if d <= most else 0) // block) * block, block), []).append(size)
+    return groups
 
 
-def _padded(X: jax.Array, d: int) -> jax.Array:
-    """The symmetric matrix whose lower triangle X has, with ones on the diagonal up to size d."""
-    rest = d - len(X)
-    lower = jnp.tril(X)
-    ones = jnp.diag(jnp.arange(d) >= len(X)).astype(X.dtype)
-    return jnp.pad(lower + jnp.tril(X, -1).T, (0, rest)) + ones
+def _symmetric(X: jax.Array, d: jax.Array, shift: jax.Array) -> jax.Array:
+    """Symmetric matrices (L, D, D) whose lower triangles X has, plus shifts; with ones on the diagonal from d on."""
+    eye, beyond = jnp.eye(X.shape[-1], dtype=X.dtype), jnp.arange(X.shape[-1]) >= d[:, None]
+    diagonal = shift[:, None] + beyond.astype(X.dtype)
+    return jnp.tril(X) + jnp.swapaxes(jnp.tril(X, -1), -1, -2) + diagonal[:, None] * eye
 
 
-def _swept(X: jax.Array, block: int) -> jax.Array:
-    """The inverse of a positive definite matrix, panel by panel.
+def _swept(X: jax.Array, panels: jax.Array | int, block: int) -> jax.Array:
+    """The inverse of a positive definite matrix, panel by panel; of its part in the first so many panels.
 
     The sweep operator (Goodnight 1979, section 3) with blocks for pivots: after the sweep of a panel k of columns,
 
@@ -182,15 +185,15 @@ def _swept(X: jax.Array, block: int) -> jax.Array:
     d = len(X)
 
     def sweep(k, X):
-        at = k * block
-        C = jax.lax.dynamic_slice(X, (0, at), (d, block))
-        H = _half_inverse(jax.lax.dynamic_slice(C, (at, 0), (block, block)))  # X_kk^-1 = H^T H
+        at, zero = k * block, jnp.zeros_like(k)  # of one dtype, whatever the x64 flag
+        C = jax.lax.dynamic_slice(X, (zero, at), (d, block))
+        H = _half_inverse(jax.lax.dynamic_slice(C, (at, zero), (block, block)))  # X_kk^-1 = H^T H
         W = C @ H.T
-        panel = jax.lax.dynamic_update_slice(W @ H, -(H.T @ H), (at, 0))
-        X = jax.lax.dynamic_update_slice(X - W @ W.T, panel, (0, at))
-        return jax.lax.dynamic_update_slice(X, panel.T, (at, 0))
+        panel = jax.lax.dynamic_update_slice(W @ H, -(H.T @ H), (at, zero))
+        X = jax.lax.dynamic_update_slice(X - W @ W.T, panel, (zero, at))
+        return jax.lax.dynamic_update_slice(X, panel.T, (at, zero))
 
-    return -jax.lax.fori_loop(0, d // block, sweep, X)
+    return -jax.lax.fori_loop(0, panels, sweep, X)
 
 
 def _half_inverse(X: jax.Array) -> jax.Array:

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from curvtrain._extra import accepting
 from curvtrain.curvature.base import CurvatureEstimator
 from curvtrain.curvature.request import (
     Answered,
+    as_wished,
     check_requests,
     part_of,
     requested_damping,
@@ -88,14 +90,14 @@ def self_contained(
             f"self_contained(schedule): batch_size={schedule.batch_size} is for a Trainer, which draws batches for "
             f"refreshes. Leave it out, and give update() or self_contained a batch= of the size that you want."
         )
-    tx = optax.with_extra_args_support(tx)
+    tx = accepting(tx)
     default_objective, default_batch = objective, batch
 
     def init(params):
         inner = tx.init(params)
         found = requests(inner)
         here, part = _part(found, default_objective, params)
-        curvature = estimator.init(here, part)
+        curvature = as_wished(estimator, found).init(here, part)
         check_requests(found, curvature, "self_contained(estimator)")
         first = lambda: jnp.int32(schedule.start)  # two arrays, which may both be donated
         return SelfContainedState(jnp.int32(0), inner, curvature, jax.random.key(seed), first(), first())
@@ -113,7 +115,7 @@ def self_contained(
         here, part = _part(found, objective, params)
         due = _Due(schedule.settled(found), state)
         own = None if grads is None else part_of(grads, part)
-        advance = functools.partial(_advance, estimator, due, (here, part, batch, step_key), own)
+        advance = functools.partial(_advance, as_wished(estimator, found), due, (here, part, batch, step_key), own)
         curvature = advance(state.curvature, state.inner) if schedule.update_first else state.curvature
         extra |= dict(curvature=curvature, objective=here, batch=batch, key=step_key)
         updates, inner = tx.update(updates, state.inner, params, **extra)

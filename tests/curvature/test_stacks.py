@@ -91,7 +91,7 @@ def test_what_is_not_due_is_kept(together, due, monkeypatch):
             assert np.array_equal(values[i], old[i, 0]) and np.array_equal(Q[i], old[i])
 
 
-def test_sizes_with_equally_many_panels_share_a_program():
+def test_small_sizes_share_a_program():
     """Whatever of them is due."""
     X = {str(d): np.stack([spd(d, 1e2, seed) for seed in range(2)]) for d in (40, 41, 70, 7, 8)}
     shifts = {size: np.full(2, 0.1, np.float32) for size in X}
@@ -103,7 +103,10 @@ def test_sizes_with_equally_many_panels_share_a_program():
         assert (
             np.array_equal(found[size][1], old[size][1]) if size in kept else error(found[size][1], x[1], 0.1) <= 1e-5
         )
-    assert stacks._panels(40) == stacks._panels(41) == (2, 32) and stacks._panels(7) == stacks._panels(8) == (1, 8)
+    assert stacks._groups({size: int(size) for size in (*X, "300", "290")}) == {
+        (96, 32): [*X],
+        (320, 32): ["300", "290"],
+    }
 
 
 def test_eigenvectors_of_each_matrix():

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from curvtrain import Objective, losses, optim
-from curvtrain.curvature import PSGD, DiagonalFisher, Lanczos
+from curvtrain.curvature import PSGD, DiagonalFisher, GradientKronecker, Lanczos
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -32,6 +32,13 @@ CASES = {
     ),
     "psgd": (optim.psgd, dict(learning_rate=1e-2), PSGD()),
     "psgd, all": (optim.psgd, dict(learning_rate=1e-2, b1=0.5, weight_decay=0.1, clip_global_norm=1.0), PSGD()),
+    "soap": (optim.soap, dict(learning_rate=1e-2), GradientKronecker()),
+    "shampoo": (
+        optim.shampoo,
+        dict(learning_rate=1e-2, b1=0.5, b2=0.9, exponent=-0.25, damping=0.01, graft="adam"),
+        GradientKronecker("ema", "product", 0.9),
+    ),
+    "kl_shampoo": (optim.kl_shampoo, dict(learning_rate=1e-2, b2=0.9, eps=1e-6), GradientKronecker("kl", decay=0.9)),
     "scale_by_curvature": (optim.scale_by_curvature, dict(damping=0.1), DiagonalFisher("exact")),
     "scale_by_curvature, root": (optim.scale_by_curvature, dict(damping=0.1, exponent=-0.5), DiagonalFisher("exact")),
 }

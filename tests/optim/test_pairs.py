@@ -11,7 +11,16 @@ import pytest
 from flax import nnx
 
 from curvtrain import CurvatureSchedule, Objective, losses, optim
-from curvtrain.curvature import KFAC, PSGD, DiagonalFisher, FullBlock, KroneckerDiagonal, Lanczos, UnitWise
+from curvtrain.curvature import (
+    KFAC,
+    PSGD,
+    DiagonalFisher,
+    FullBlock,
+    GradientKronecker,
+    KroneckerDiagonal,
+    Lanczos,
+    UnitWise,
+)
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 KEY = jax.random.key(0)
@@ -25,6 +34,9 @@ OPTIMIZERS = {
     "scale_by_curvature(damping)": lambda: optim.scale_by_curvature(0.1),
     "scale_by_curvature(damping, -0.5)": lambda: optim.scale_by_curvature(0.1, -0.5),
     "psgd(rate)": lambda: optim.psgd(0.1),
+    "soap(rate)": lambda: optim.soap(0.1),
+    "shampoo(rate)": lambda: optim.shampoo(0.1),
+    "kl_shampoo(rate)": lambda: optim.kl_shampoo(0.1),
 }
 ESTIMATORS = {
     "Lanczos": Lanczos(k=2),
@@ -34,6 +46,7 @@ ESTIMATORS = {
     "KroneckerDiagonal": KroneckerDiagonal(),
     "UnitWise": UnitWise(),
     "FullBlock": FullBlock(),
+    "GradientKronecker": GradientKronecker(),
     "PSGD": PSGD(),
 }
 REFUSALS = re.compile(r"takes|has no power -0\.5|kfac|natural_gradient")

@@ -6,6 +6,7 @@ as any other.
 """
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import sys
@@ -77,6 +78,8 @@ def make(name, hooks=(), **config):
         schedule = {"refresh_every": 5}
     elif name == "FullBlock, hessian":
         schedule = {"update_every": 2, "refresh_every": 2}
+    elif name == "GradientKronecker":  # of a factor without full rank a basis is arbitrary: rounding would choose it
+        own = {"curvature": dataclasses.replace(case.estimator, max_size=4)}
     options = {"steps": STEPS, "batch_size": BATCH, "log_every": 1, "ema": 0.9, "progress": False}
     return Run(
         curvtrain.TrainerConfig(**{**options, **config}),

@@ -67,7 +67,7 @@ class KroneckerFactors(Curvature):
       factors: for each size D, all factors of about that size, (L, D, D); moving averages. Which slot is whose says
         `layout`; what is nobody's is zero.
       blocks: for each kind of block that is not factored (its `key`), the means of all its layers in order.
-      weight: what the moving averages have seen, sum of powers of the decay.
+      weight: what the moving averages have seen: the batches' weights times powers of the decay, added up.
       inverses: "cholesky": for each size, (L, D, D) damped inverses.
       vectors, values: "eigh" and "ekfac": eigenvectors (L, D, D) as columns and eigenvalues (L, D).
       bases: for each kind of block that is not factored, what a refresh made of it.
@@ -220,6 +220,7 @@ class KroneckerFactors(Curvature):
         Where that fails (a factor without an inverse, at damping 0), the layer's part of the result is not finite. A
         failure at a refresh keeps the last inverse and is counted, in `failures`.
         """
+        is_cached = damping is self.damping  # in a program that has just refreshed for it: nothing else is compiled
         damping = jnp.asarray(damping, self.weight.dtype)
 
         def matrices(Ms):
@@ -230,6 +231,8 @@ class KroneckerFactors(Curvature):
             # longer library calls: a hundred times slower on CPU
             cached = lambda: multiply(jax.lax.optimization_barrier(self.inverses))
             again = lambda: multiply(self.damped_inverses(damping, keep=False)[0])
+            if is_cached:
+                return cached()
             return jax.lax.cond(damping == self.damping, cached, again)
 
         return self._map(vector, matrices, lambda block, means, basis, x: block.solve(means, basis, x, damping))

@@ -4,6 +4,7 @@ Which mesh that is, says `curvature/mesh.py`: the one that a program is traced f
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +15,9 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from curvtrain.curvature.mesh import axes_for, constrain, everywhere, mesh_shape, spec_for, split
-from curvtrain.curvature.owners.layout import Layout, Slots, inside, layout_of, slots_of
+from curvtrain.curvature.owners.layout import Layout, kind_of, layout_of
+from curvtrain.curvature.owners.slots import Slots, inside, slots_of
+from curvtrain.curvature.unstack import unstack
 
 PyTree = Any
 Arrays = dict[str, jax.Array]
@@ -57,6 +60,15 @@ def blocks(layout: Layout, arrays: Mapping[str, jax.Array]) -> Blocks:
     )
 
 
+def placed(layout: Layout, arrays: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
+    """Gradients (K, ...) by matrix's name, brought to their owners once, for several functions that read them."""
+    axes = axes_for(mesh_shape(), layout.owners)
+    if not axes:
+        return arrays
+    found = blocks(layout, arrays).by_shape
+    return Blocks({shape: constrain(from_parameters(X), axes) for shape, X in found.items()}, layout)
+
+
 def shared(tree: PyTree, layout: Layout) -> PyTree:
     """Arrays of slots that every device has whole, each device's share of them."""
     return constrain(everywhere(tree), axes_for(mesh_shape(), layout.owners))
@@ -97,11 +109,8 @@ def to_parameters(found: Mapping[str, jax.Array]) -> Mapping[str, jax.Array]:
 
 def _cut(layout: Layout, members: Sequence[str], X: jax.Array) -> Arrays:
     """The entries of a shape, in order, by matrix's name."""
-    results, start = {}, 0
-    for member in members:
-        stop = start + layout.by_name[member].copies
-        results[member], start = X[start:stop], stop
-    return results
+    parts = unstack(X, [layout.by_name[member].copies for member in members], axis=0)
+    return dict(zip(members, parts, strict=True))
 
 
 def _summed(X: jax.Array, slots: Slots, axes: tuple[str, ...], axis: int | None) -> jax.Array:
@@ -168,11 +177,7 @@ def by_shape(
         return _by_owner(function, layout, arrays, extras, axes)
     results: Arrays = {}
     for shape, (members, slots) in layout.blocks:
-        dims = map(int, shape.split("x"))
-        sides = list(zip(layout.entries[shape], dims, strict=True))
-        parts = [_rows(X[size], rows, d) for X in arrays for (size, rows), d in sides]
-        given = [_entries_of(extra, shape, members, slots) for extra in extras]
-        results |= _cut(layout, members, function(*parts, *given))
+        results |= _cut(layout, members, function(*_given(layout, arrays, extras, shape, members, slots)))
     return results
 
 
@@ -190,39 +195,136 @@ def _rows(X: jax.Array, rows: np.ndarray, d: int) -> jax.Array:
     return inside(X[first:last] if contiguous else X[rows], d)
 
 
+def by_size(
+    function: Callable[..., tuple[PyTree, PyTree]],
+    layout: Layout,
+    arrays: Sequence[Arrays],
+    extras: Sequence[Mapping[str, jax.Array]],
+) -> dict[str, PyTree]:
+    """What a function makes for the two factors of every matrix, in the factors' slots.
+
+    Args:
+      function: as for `by_shape`, but returns two trees of arrays, (k, d_i, ...) for A's side and (k, d_o, ...) for
+        G's, of the sizes of the factors.
+      layout, arrays, extras: as for `by_shape`.
+
+    Returns:
+      For each size the tree, arrays (L, D, ...) that are zero where nobody's; split over the owners if anything is.
+    """
+    axes = axes_for(mesh_shape(), layout.owners)
+    if axes:
+        return _sides_by_owner(function, layout, arrays, extras, axes)
+    made: dict[str, list[PyTree]] = {}
+    for shape, (members, slots) in layout.blocks:
+        trees = function(*_given(layout, arrays, extras, shape, members, slots))
+        for tree in trees:
+            leaves, treedef = jax.tree.flatten(tree)
+            parts = [_cut(layout, members, X) for X in leaves]
+            for member in members:
+                made.setdefault(member, []).append(treedef.unflatten([part[member] for part in parts]))
+    entries: dict[str, list[PyTree]] = {size: [] for size, _ in layout.factors}
+    for matrix, (a, _, g, _) in layout.at:
+        entries[a].append(made[matrix][0])
+        entries[g].append(made[matrix][1])
+    placed = lambda slots, trees: jax.tree.map(lambda *parts: slots.place(parts), *trees)
+    return {size: placed(layout.of_size(size), trees) for size, trees in entries.items()}
+
+
+def _given(layout, arrays, extras, shape, members, slots) -> list[jax.Array]:
+    """The arguments of a function of the matrices of a shape, in order, where nothing is split."""
+    sides = list(zip(layout.entries[shape], kind_of(shape)[2:], strict=True))
+    parts = [_rows(X[size], rows, d) for X in arrays for (size, rows), d in sides]
+    return [*parts, *(_entries_of(extra, shape, members, slots) for extra in extras)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shares:
+    """What each device needs of a layout's arrays, all of it split along the leading axis.
+
+    Attributes:
+      sizes: for each shape, the names of the sizes of its A and its G.
+      dims: for each shape, the sizes of the factors.
+      rows: for each shape, the slot on the device of each block's A, and of its G; None if it is the block's own.
+      inputs: for each shape, the extras in its slots.
+      used: for each shape, which of its slots are no padding; None if none are.
+    """
+
+    sizes: dict[str, list[str]]
+    dims: dict[str, tuple[int, ...]]
+    rows: dict[str, list[Any]]
+    inputs: dict[str, list[jax.Array]]
+    used: dict[str, Any]
+
+    @classmethod
+    def of(cls, layout: Layout, extras: Sequence[Mapping[str, jax.Array]], devices: int) -> "_Shares":
+        """For so many devices."""
+        sizes, rows, inputs = {}, {}, {}
+        dims: dict[str, tuple[int, ...]] = {}
+        for name, (members, slots) in layout.blocks:
+            pair, dims[name] = layout.rows(name), kind_of(name)[2:]
+            sizes[name] = [size for size, _ in pair]
+            rows[name] = []
+            for size, wide in pair:
+                home = layout.of_size(size)
+                whole = home.count == slots.count and np.array_equal(wide[list(slots.at)], slots.at)
+                rows[name].append(None if whole else jnp.asarray(wide % (home.count // devices)))
+            inputs[name] = [
+                extra.by_shape[name]
+                if isinstance(extra, Blocks)
+                else from_parameters(slots.place([extra[m] for m in members]))
+                for extra in extras
+            ]
+        used = {name: jnp.asarray(slots.used) if slots.padded else None for name, (_, slots) in layout.blocks}
+        return cls(sizes, dims, rows, inputs, used)
+
+    def run(self, function: Callable[..., PyTree], name: str, arrays, rows, inputs, mine) -> PyTree:
+        """On one device: the function of the blocks of a shape; zeros if they are all padding."""
+        pick = lambda X, row, d: inside(X if row is None else X[row], d)
+        where = list(zip(self.sizes[name], rows[name], self.dims[name], strict=True))
+        given = [*(pick(X[size], row, d) for X in arrays for size, row, d in where), *inputs[name]]
+        if mine[name] is None:
+            return function(*given)
+        zeros = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(function, *given))
+        return jax.lax.cond(jnp.any(mine[name]), lambda: function(*given), zeros)
+
+
 def _by_owner(function, layout, arrays, extras, axes) -> Blocks:
-    shape = mesh_shape()
-    devices = math.prod(shape[axis] for axis in axes)
-    sizes, rows, inputs = {}, {}, {}
-    for name, (members, slots) in layout.blocks:
-        pair = layout.rows(name)
-        sizes[name] = [size for size, _ in pair]
-        rows[name] = []
-        for size, wide in pair:
-            home = layout.of_size(size)
-            whole = home.count == slots.count and np.array_equal(wide[list(slots.at)], slots.at)
-            rows[name].append(None if whole else jnp.asarray(wide % (home.count // devices)))
-        inputs[name] = [
-            extra.by_shape[name]
-            if isinstance(extra, Blocks)
-            else from_parameters(slots.place([extra[m] for m in members]))
-            for extra in extras
-        ]
-    dims = {name: [int(d) for d in name.split("x")] for name in inputs}
-    used = {name: jnp.asarray(slots.used) if slots.padded else None for name, (_, slots) in layout.blocks}
+    shares = _Shares.of(layout, extras, _count(axes))
+
+    def local(*own):
+        return {name: shares.run(function, name, *own) for name in shares.inputs}
+
+    return Blocks(split(local, axes)(list(arrays), shares.rows, shares.inputs, shares.used), layout)
+
+
+def _sides_by_owner(function, layout, arrays, extras, axes) -> dict[str, PyTree]:
+    shares = _Shares.of(layout, extras, devices := _count(axes))
 
     def local(arrays, rows, inputs, mine):
-        pick = lambda X, row, d: inside(X if row is None else X[row], d)
-        where = lambda name: zip(sizes[name], rows[name], dims[name], strict=True)
-        parts = lambda name: [pick(X[size], row, d) for X in arrays for size, row, d in where(name)]
-        return {name: of_some(mine[name], *parts(name), *given) for name, given in inputs.items()}
+        found: dict[str, PyTree] = {}
+        for name in shares.inputs:
+            trees = shares.run(function, name, arrays, rows, inputs, mine)
+            for size, row, tree in zip(shares.sizes[name], rows[name], trees, strict=True):
+                D, slots = dict(layout.factors)[size]
+                place = functools.partial(_added, row, mine[name], slots.count // devices, D)
+                before = found.get(size, jax.tree.map(lambda _: None, tree))
+                found[size] = jax.tree.map(place, tree, before)
+        return found
 
-    def of_some(mine, *given):
-        """The function, but zeros from owners who have nothing but padding."""
-        if mine is None:
-            return function(*given)
-        result = jax.eval_shape(function, *given)
-        zeros = lambda: jnp.zeros(result.shape, result.dtype)
-        return jax.lax.cond(jnp.any(mine), lambda: function(*given), zeros)
+    return split(local, axes)(list(arrays), shares.rows, shares.inputs, shares.used)
 
-    return Blocks(split(local, axes)(list(arrays), rows, inputs, used), layout)
+
+def _added(row, mine, count: int, D: int, X: jax.Array, before: jax.Array | None) -> jax.Array:
+    """The slots (count, D, ...) with one more shape's entries in their rows; of padding, nothing."""
+    X = jnp.pad(X, [(0, 0), *((D - n, 0) for n in X.shape[1:])])
+    if mine is not None:
+        X = jnp.where(mine.reshape(-1, *[1] * (X.ndim - 1)), X, 0)
+    if row is None:
+        return X if before is None else before + X
+    slots = jnp.zeros((count, *X.shape[1:]), X.dtype) if before is None else before
+    return slots.at[row].add(X)
+
+
+def _count(axes: tuple[str, ...]) -> int:
+    shape = mesh_shape()
+    return math.prod(shape[axis] for axis in axes)

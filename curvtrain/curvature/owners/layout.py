@@ -38,7 +38,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Shape = tuple[int, int]  # d_i, d_o
+from curvtrain.curvature.owners.slots import Slots, inside, slots_of
+
+Kind = tuple[int, int, int, int]  # d_i, d_o, and the sizes of the two factors
 
 TRIED = 12  # sizes of arrays of which all ways to join two are tried
 
@@ -50,82 +52,21 @@ class Matrix:
     Attributes:
       name: of the layer or parameter.
       copies: K, how many there are.
-      d_i, d_o: sizes of the two factors.
+      d_i, d_o: its sides, which are the sizes of the two factors.
+      factored: which of the two sides have a factor. One that has none has a slot of size 1 instead.
     """
 
     name: str
     copies: int
     d_i: int
     d_o: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Slots:
-    """Where the entries of one array are.
-
-    Attributes:
-      count: number of slots, L.
-      at: `at[k]` is the slot of entry k; all other slots are padding.
-      D: the room of a slot for factors; 0 for blocks.
-      dims: `dims[k]` is the size d of factor k.
-    """
-
-    count: int
-    at: tuple[int, ...]
-    D: int = 0
-    dims: tuple[int, ...] = ()
+    factored: tuple[bool, bool] = (True, True)
 
     @property
-    def padded(self) -> bool:
-        return len(self.at) < self.count
-
-    @property
-    def used(self) -> np.ndarray:
-        """Whether a slot has an entry (slots,)."""
-        used = np.zeros(self.count, bool)
-        used[list(self.at)] = True
-        return used
-
-    @property
-    def outside(self) -> np.ndarray | None:
-        """Which rows of a slot are before those of its entry (slots, D); None if none are."""
-        if all(d == self.D for d in self.dims):
-            return None
-        outside = np.zeros((self.count, self.D), bool)
-        for at, d in zip(self.at, self.dims, strict=True):
-            outside[at, : self.D - d] = True
-        return outside
-
-    def place(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """The entries, given in order and in parts (k, ...), in their slots; zero elsewhere."""
-        if self.D:
-            before = lambda X: [(0, 0), *[(self.D - n, 0) for n in X.shape[1:]]]
-            parts = [X if all(n == self.D for n in X.shape[1:]) else jnp.pad(X, before(X)) for X in parts]
-        if self.at == tuple(range(self.count)):
-            return jnp.concatenate(parts)
-        rows = [(i, k) for i, part in enumerate(parts) for k in range(len(part))]
-        held = dict(zip(self.at, rows, strict=True))
-        pieces, slot = [], 0
-        while slot < self.count:
-            run = slot + 1
-            if slot not in held:
-                while run < self.count and run not in held:
-                    run += 1
-                pieces.append(jnp.zeros((run - slot, *parts[0].shape[1:]), parts[0].dtype))
-            else:
-                i, k = held[slot]
-                while held.get(run) == (i, k + run - slot):
-                    run += 1
-                pieces.append(parts[i][k : k + run - slot])
-            slot = run
-        return jnp.concatenate(pieces)
-
-    def take(self, X: jax.Array, start: int = 0, count: int | None = None) -> jax.Array:
-        """So many entries, in order."""
-        at = self.at[start:] if count is None else self.at[start : start + count]
-        if at == tuple(range(at[0], at[0] + len(at))):
-            return X[at[0] : at[0] + len(at)]
-        return X[np.array(at)]
+    def kind(self) -> Kind:
+        """(d_i, d_o, sizes of the two factors): matrices of one kind are handled together."""
+        a, g = self.factored
+        return self.d_i, self.d_o, self.d_i if a else 1, self.d_o if g else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +106,7 @@ class Layout:
         """(A's part (K, d_i, ...), G's part (K, d_o, ...)) of arrays by size, for one matrix."""
         matrix, (a, i, g, j) = self.by_name[name], dict(self.at)[name]
         take = lambda size, start, d: inside(self.of_size(size).take(arrays[size], start, matrix.copies), d)
-        return take(a, i, matrix.d_i), take(g, j, matrix.d_o)
+        return take(a, i, matrix.kind[2]), take(g, j, matrix.kind[3])
 
     @functools.cached_property
     def entries(self) -> dict[str, tuple[tuple[str, np.ndarray], tuple[str, np.ndarray]]]:
@@ -227,7 +168,7 @@ class Layout:
         for _, (D, slots) in self.factors:
             total, used = total + D * D * slots.count, used + sum(d * d for d in slots.dims)
         for name, (_, slots) in self.blocks if scales else ():
-            count = math.prod(map(int, name.split("x")))
+            count = math.prod(kind_of(name)[:2])
             total, used = total + count * slots.count, used + count * len(slots.at)
         return total, total - used
 
@@ -235,25 +176,25 @@ class Layout:
 @functools.cache
 def layout_of(matrices: tuple[Matrix, ...], owners: int = 1, sizes: tuple[int, ...] | None = None) -> Layout:
     """The layout for so many owners; `sizes` of the arrays: those that cost an owner least."""
-    shapes = collections.defaultdict[Shape, list[Matrix]](list)
+    kinds = collections.defaultdict[Kind, list[Matrix]](list)
     for matrix in matrices:
-        shapes[matrix.d_i, matrix.d_o].append(matrix)
-    counts = {shape: sum(matrix.copies for matrix in members) for shape, members in shapes.items()}
+        kinds[matrix.kind].append(matrix)
+    counts = {kind: sum(matrix.copies for matrix in members) for kind, members in kinds.items()}
     homes = _homes(counts, sizes or _sizes(counts, owners))
     dims: dict[int, list[int]] = {D: [] for D in homes.values()}
     at = []
     for matrix in matrices:
         where: list[Any] = []
-        for d in (matrix.d_i, matrix.d_o):
+        for d in matrix.kind[2:]:
             where += [str(homes[d]), len(dims[homes[d]])]
             dims[homes[d]] += [d] * matrix.copies
         at.append((matrix.name, tuple(where)))
     shares = _shares(counts, homes, owners)[0]
     owner_of = {D: [0] * len(entries) for D, entries in dims.items()}
     blocks, first = {}, dict(at)
-    for shape, members in shapes.items():
-        mine = [int(owner) for owner in np.repeat(np.arange(owners), shares[shape])]
-        blocks[name_of(*shape)] = (tuple(matrix.name for matrix in members), slots_of(mine, owners))
+    for kind, members in kinds.items():
+        mine = [int(owner) for owner in np.repeat(np.arange(owners), shares[kind])]
+        blocks[name_of(*kind)] = (tuple(matrix.name for matrix in members), slots_of(mine, owners))
         for matrix in members:
             (a, i, g, j), K = first[matrix.name], matrix.copies
             owner_of[int(a)][i : i + K] = owner_of[int(g)][j : j + K] = mine[:K]
@@ -262,32 +203,40 @@ def layout_of(matrices: tuple[Matrix, ...], owners: int = 1, sizes: tuple[int, .
     return Layout(matrices, owners, tuple(at), tuple(factors.items()), tuple(blocks.items()))
 
 
-def name_of(d_i: int, d_o: int) -> str:
-    """The name of a shape."""
-    return f"{d_i}x{d_o}"
+def name_of(*kind: int) -> str:
+    """The name of a kind: "3x5", or "3x5_1x5" where one side of a 3 x 5 matrix has no factor."""
+    d_i, d_o, *factors = kind
+    return f"{d_i}x{d_o}" if [d_i, d_o] == factors else f"{d_i}x{d_o}_{factors[0]}x{factors[1]}"
 
 
-def _homes(counts: Mapping[Shape, int], sizes: Sequence[int]) -> dict[int, int]:
+def kind_of(name: str) -> Kind:
+    """The inverse of `name_of`."""
+    sides, _, factors = name.partition("_")
+    (d_i, d_o), (f_i, f_o) = (map(int, part.split("x")) for part in (sides, factors or sides))
+    return d_i, d_o, f_i, f_o
+
+
+def _homes(counts: Mapping[Kind, int], sizes: Sequence[int]) -> dict[int, int]:
     """The size D of the array in which factors of each size d are."""
-    return {d: min(D for D in sizes if d <= D) for d in {d for shape in counts for d in shape}}
+    return {d: min(D for D in sizes if d <= D) for d in {d for kind in counts for d in kind[2:]}}
 
 
-def _sizes(counts: Mapping[Shape, int], slots: int) -> tuple[int, ...]:
+def _sizes(counts: Mapping[Kind, int], slots: int) -> tuple[int, ...]:
     """Sizes of arrays, so that the memory and the work of the owner who has most of each are small shares of all.
 
     One size after another joins the next larger one: the most similar ones while there are more than `TRIED`, then
     always that which saves most, while that saves something.
     """
-    numbers = sum(count * (a**2 + g**2) for (a, g), count in counts.items())
-    flops = sum(count * (a**3 + g**3) for (a, g), count in counts.items())
+    numbers = sum(count * (a**2 + g**2) for (_, _, a, g), count in counts.items())
+    flops = sum(count * (a**3 + g**3) for (_, _, a, g), count in counts.items())
 
     def cost(sizes):
         homes = _homes(counts, sizes)
         shares, used = _shares(counts, homes, slots)
-        work = np.sum([share * (homes[a] ** 3 + homes[g] ** 3) for (a, g), share in shares.items()], axis=0)
+        work = np.sum([share * (homes[a] ** 3 + homes[g] ** 3) for (_, _, a, g), share in shares.items()], axis=0)
         return sum(D * D * entries.max() for D, entries in used.items()) / numbers + np.max(work) / flops
 
-    sizes = tuple(sorted({d for shape in counts for d in shape}))
+    sizes = tuple(sorted({d for kind in counts for d in kind[2:]}))
     if slots == 1 or len(sizes) < 2:
         return sizes
     without = lambda i: sizes[:i] + sizes[i + 1 :]
@@ -305,44 +254,28 @@ def _sizes(counts: Mapping[Shape, int], slots: int) -> tuple[int, ...]:
 
 
 def _shares(
-    counts: Mapping[Shape, int], homes: Mapping[int, int], slots: int
-) -> tuple[dict[Shape, np.ndarray], dict[int, np.ndarray]]:
-    """(how many matrices of each shape every owner has, how many entries of each array)."""
-    cost = lambda shape: shape[0] ** 3 + shape[1] ** 3
-    shares = {shape: np.full(slots, count // slots) for shape, count in counts.items()}
+    counts: Mapping[Kind, int], homes: Mapping[int, int], slots: int
+) -> tuple[dict[Kind, np.ndarray], dict[int, np.ndarray]]:
+    """(how many matrices of each kind every owner has, how many entries of each array)."""
+    cost = lambda kind: kind[2] ** 3 + kind[3] ** 3
+    shares = {kind: np.full(slots, count // slots) for kind, count in counts.items()}
     load, used = np.zeros(slots), {D: np.zeros(slots, int) for D in homes.values()}
-    for shape, share in shares.items():
-        load += share * cost(shape)
-        for d in shape:
+    for kind, share in shares.items():
+        load += share * cost(kind)
+        for d in kind[2:]:
             used[homes[d]] += share
     spread = np.argsort([int(f"{owner:016b}"[::-1], 2) for owner in range(slots)])  # far apart, also for fewer devices
     rank = np.argsort(spread)
-    for shape in sorted(counts, key=cost, reverse=True):
+    for kind in sorted(counts, key=cost, reverse=True):
         free = np.ones(slots, bool)
-        for _ in range(counts[shape] % slots):
+        for _ in range(counts[kind] % slots):
             longer = np.zeros(slots)
-            for D, more in collections.Counter(homes[d] for d in shape).items():
+            for D, more in collections.Counter(homes[d] for d in kind[2:]).items():
                 longer += D * D * np.maximum(used[D] + more - used[D].max(), 0)
             owner = np.lexsort((rank, load, longer, ~free))[0]
             free[owner] = False
-            shares[shape][owner] += 1
-            load[owner] += cost(shape)
-            for d in shape:
+            shares[kind][owner] += 1
+            load[owner] += cost(kind)
+            for d in kind[2:]:
                 used[homes[d]][owner] += 1
     return shares, used
-
-
-def slots_of(owners: Sequence[int], number: int, D: int = 0, dims: tuple[int, ...] = ()) -> Slots:
-    """The slots of entries with these owners."""
-    room = max(collections.Counter(owners).values())
-    seen = collections.Counter()
-    at = []
-    for owner in owners:
-        at.append(owner * room + seen[owner])
-        seen[owner] += 1
-    return Slots(room * number, tuple(at), D, dims)
-
-
-def inside(X: jax.Array, d: int) -> jax.Array:
-    """What entries of size d have in their slots: (k, D, ..) to (k, d, ..)."""
-    return X[(slice(None), *[slice(n - d, None) for n in X.shape[1:]])]

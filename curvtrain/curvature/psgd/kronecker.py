@@ -22,7 +22,7 @@ from curvtrain.curvature.psgd.kron_fit import KronFit
 from curvtrain.curvature.psgd.layout import Bucket, Member, Side
 from curvtrain.curvature.psgd.placement import factor_spec, side_axes
 from curvtrain.curvature.psgd.tensors import multiply
-from curvtrain.curvature.psgd.unstack import on_one_device
+from curvtrain.curvature.unstack import on_one_device
 
 PyTree = Any
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from curvtrain.curvature.psgd.base import Structure
-from curvtrain.curvature.psgd.unstack import unstack
+from curvtrain.curvature.unstack import unstack
 
 
 @dataclasses.dataclass(frozen=True)
