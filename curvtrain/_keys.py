@@ -34,7 +34,6 @@ class Purpose(enum.IntEnum):
     PROBES = _ABOVE_ALL_INDICES + 11  # the vectors that a fit is made for
     CHANCE = _ABOVE_ALL_INDICES + 12  # whether there is a fit
     PENALTY = _ABOVE_ALL_INDICES + 13  # the probes of a regulariser's diagonal
-    FLOOR = _ABOVE_ALL_INDICES + 14  # the noise at the level of rounding, of a fit
 
 
 def fold(key: jax.Array, purpose: Purpose) -> jax.Array:

@@ -216,7 +216,7 @@ class Reference:
 
 @pytest.fixture(scope="module")
 def linear():
-    """(objective, parameters, data, reference), with the flag on."""
+    """(objective, parameters, data, reference), made with the flag on."""
     with jax.enable_x64(True):
         predict = lambda model, batch: model(batch["x"])
         objective, params = Objective.from_model(Line(), predict, losses.SoftmaxCrossEntropy(), microbatch=5)
@@ -226,7 +226,7 @@ def linear():
         log_p = lambda theta: jax.nn.log_softmax(z(theta))
         value, gradient = jax.value_and_grad(loss)(flat)
         H, each = jax.hessian(loss)(flat), -jax.jacobian(log_p)(flat)
-        yield objective, params, data, Reference(value, gradient, H, each, jnp.exp(log_p(flat)))
+        return objective, params, data, Reference(value, gradient, H, each, jnp.exp(log_p(flat)))
 
 
 def raveled(tree):

@@ -29,7 +29,6 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain import _checks
-from curvtrain._keys import Purpose, fold
 from curvtrain.curvature import trees
 
 PyTree = Any
@@ -204,16 +203,13 @@ class Preconditioner(abc.ABC):
         typical = _upper_median(jnp.concatenate([size.ravel() for size in own]))
         return [share * jnp.maximum(size, typical) for size in own]
 
-    def floored(self, structure: Structure, key: jax.Array, h: PyTree, whitens: bool) -> PyTree:
-        """`noisy` with noise of the floors too: for families that have no closed form of what it adds to T1."""
-        leaves, treedef = jax.tree.flatten(self.noisy(key, h))
-        if not self.share(structure, whitens):
-            return treedef.unflatten(leaves)
-        seeds = jax.random.bits(fold(key, Purpose.FLOOR), (len(leaves),), jnp.uint32)
+    def floors_like(self, structure: Structure, h: PyTree, whitens: bool) -> PyTree:
+        """The same, for every entry of the parameters."""
+        wide = lambda floor, shape: jnp.broadcast_to(
+            floor.reshape(*floor.shape, *(1,) * (len(shape) - floor.ndim)), shape
+        )
         floors = self.floors(structure, h, whitens)
-        wide = lambda floor, a: floor.reshape(1, *floor.shape, *(1,) * (a.ndim - 1 - floor.ndim))
-        more = [wide(floor, a) * signs(seed, a.shape) for a, seed, floor in zip(leaves, seeds, floors, strict=True)]
-        return treedef.unflatten([a + b for a, b in zip(leaves, more, strict=True)])
+        return structure.treedef.unflatten([wide(*pair) for pair in zip(floors, structure.shapes, strict=True)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,18 +58,30 @@ class Dense(MatrixPreconditioner):
         }
 
     def fit(self, structure, state, v, h, key, rate):
-        noisy = self.floored(structure, key, h, v is None)
-        exact, h = (jax.vmap(structure.ravel)(tree) for tree in (h, noisy))
+        floors = (
+            structure.ravel(self.floors_like(structure, h, v is None)) if self.share(structure, v is None) else None
+        )
+        exact, h = (jax.vmap(structure.ravel)(tree) for tree in (h, self.noisy(key, h)))
         v = None if v is None else jax.vmap(structure.ravel)(v)
         Q = state["Q"]
         if self.initial_scale is None:
             Q = Q * jnp.where(state["seen"], 1.0, jnp.sqrt(initial_scale(v, exact)))
         with jax.default_matmul_precision(self.precision):
             T1, T2 = self._sides(Q, v, h)
+            if floors is not None:
+                x = self._multiplier(Q) * floors  # what noise of this size adds to T1 on average
+                T1 = T1 + x @ x.T
             Q, L = step_dense(self.geometry, Q, T1, T2, rate, state["L"], self.lipschitz_decay)
         new = {"Q": Q, "L": L, "seen": jnp.bool_(True)}
         accepted, failed = accept(exact, new)
         return choose(accepted, new, state), failed.astype(jnp.int32)
+
+    def _multiplier(self, Q: jax.Array) -> jax.Array:
+        """The matrix that takes h to the vector whose second moment is T1."""
+        if self.geometry == "EQ":
+            return Q
+        P = Q.T @ Q
+        return Q @ P if self.geometry == "QEP" else P
 
     def _sides(self, Q: jax.Array, v: jax.Array | None, h: jax.Array) -> tuple[jax.Array, jax.Array]:
         """T1, T2 (n, n) of rows v, h (k, n)."""

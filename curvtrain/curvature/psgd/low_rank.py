@@ -109,18 +109,21 @@ class LowRank(MatrixPreconditioner):
         if self.initial_scale is None:
             scale = jnp.where(state["seen"], 1.0, jnp.sqrt(initial_scale_of_all(v, h)))
             new["d"] = trees.scale(scale, state["d"])
-        whitens = v is None
+        floors = self.floors_like(structure, h, v is None)
         v = trees.normal(keys[0], h) if v is None else v
-        h = self.floored(structure, keys[1], h, whitens)
+        h = self.noisy(keys[1], h)
         with jax.default_matmul_precision(self.precision):
             if self.rank:
                 new["U"], new["V"] = self._balanced(keys[2], state["U"], state["V"])
-            new = self._step(new, v, h, jax.random.bernoulli(keys[3], np.float32(0.5)), rate)
+            new = self._step(new, v, h, floors, jax.random.bernoulli(keys[3], np.float32(0.5)), rate)
         accepted, failed = accept(exact, new)
         return choose(accepted, new, state), failed.astype(jnp.int32)
 
-    def _step(self, state: PyTree, v: PyTree, h: PyTree, choice: jax.Array, rate: jax.Array) -> PyTree:
-        """A step of d and, by `choice`, of U or of V; all from the same old values."""
+    def _step(self, state: PyTree, v: PyTree, h: PyTree, floors: PyTree, choice: jax.Array, rate: jax.Array) -> PyTree:
+        """A step of d and, by `choice`, of U or of V; all from the same old values.
+
+        The noise of the floors adds floor^2 diag(P) to t1, of which d^2 is the part that can grow without bound.
+        """
         d = state["d"]
         a = self._Q(state, h)
         y = self._Qt(state, a)
@@ -129,6 +132,7 @@ class LowRank(MatrixPreconditioner):
         mean = lambda x: jnp.mean(x, axis=0)
 
         t1, t2 = (jax.tree.map(lambda x, y: mean(x * y), *pair) for pair in ((y, h), (v, w)))
+        t1 = jax.tree.map(lambda t, d, floor: t + jnp.square(floor * d), t1, d, floors)
         present = _largest(t1) + _largest(t2)
         L = state["L"].at[0].set(running_bound(state["L"][0], present, self.lipschitz_decay))
         if self.order == "bounded":
