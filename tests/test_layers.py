@@ -20,9 +20,13 @@ ROOT = Path(curvtrain.__file__).parent
 PACKAGE = sorted(ROOT.rglob("*.py"))
 RECIPES = sorted((ROOT.parent / "recipes").rglob("*.py"))
 
-BOTTOM = {"_checks", "_outputs", "_text", "_version"}  # argument checks, outputs as pytrees, tables: for every room
+# argument checks, dtypes, extra arguments of updates, random keys, outputs as pytrees, tables: for every room
+BOTTOM = {"_checks", "_dtypes", "_extra", "_keys", "_outputs", "_text", "_version"}
 MAY_IMPORT = {
     "_checks": set(),
+    "_dtypes": set(),
+    "_extra": set(),
+    "_keys": set(),
     "_outputs": set(),
     "_text": set(),
     "_version": set(),

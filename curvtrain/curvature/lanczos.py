@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
+from curvtrain._keys import Purpose, fold
 from curvtrain.curvature import krylov, products, trees
 from curvtrain.curvature.base import CurvatureEstimator
 from curvtrain.curvature.eigenpairs import Eigenpairs
@@ -112,8 +113,8 @@ class Lanczos(CurvatureEstimator[Eigenpairs]):
         return curvature
 
     def refresh(self, curvature: Eigenpairs, objective, params, batch, key, damping=None) -> Eigenpairs:
-        matvec = products.matvec(self.product, objective, params, batch, jax.random.fold_in(key, 0))
-        return self.of_map(matvec, curvature, jax.random.fold_in(key, 1))
+        matvec = products.matvec(self.product, objective, params, batch, fold(key, Purpose.PRODUCTS))
+        return self.of_map(matvec, curvature, fold(key, Purpose.START))
 
     def of_map(self, matvec, curvature: Eigenpairs, key: jax.Array) -> Eigenpairs:
         """Eigenpairs of any symmetric map v -> A v on vectors like the parameters, warm-started from `curvature`."""

@@ -11,6 +11,8 @@ J_i = d z_i / d theta, H_i = d^2 l / d z_i^2, g_i = J_i^T d l / d z_i the gradie
 | `fvp(fisher="sampled")` | sum_i w_i g_i g_i^T / W with one target per example drawn from the model |
 | `fvp(fisher="empirical")` | sum_i w_i g_i g_i^T / W with the targets of the batch: not the Fisher |
 
+The Hessian of the objective's regulariser, if it has one, is added to each of them, once: it is part of the loss.
+
 For sequence outputs an example is what the loss calls one: a position. All products are taken in float32, or in
 float64 where a parameter is (others are read exactly, then cast; see `curvtrain/_dtypes.py`), and walk the batch in
 `objective.microbatch` pieces.
@@ -28,9 +30,10 @@ from jax.flatten_util import ravel_pytree
 
 from curvtrain import _checks
 from curvtrain._dtypes import SPLIT, check_real
+from curvtrain._keys import Purpose, fold
 from curvtrain._outputs import floats, with_floats
 from curvtrain.curvature import trees
-from curvtrain.losses import SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, unmasked, weight_like
+from curvtrain.losses import unmasked, weight_like
 from curvtrain.objective import Objective, safe
 
 PyTree = Any
@@ -111,7 +114,13 @@ def ggn_gram(
             return sum(map(inner, Jv, HJv)), jnp.sum(loss.weights(z, piece))
 
     total, weight = objective.accumulate(sums, batch, key)
-    return total / safe(weight)
+    gram = total / safe(weight)
+    if objective.regulariser is None:
+        return gram
+    of_penalty = jax.vmap(lambda v: _of_penalty(objective, params, v))(stacked)
+    inner = lambda u, h: u.reshape(len(vectors), -1) @ h.reshape(len(vectors), -1).T
+    with trees.exact():
+        return sum(map(inner, jax.tree.leaves(stacked), jax.tree.leaves(of_penalty)), gram)
 
 
 def fvp(
@@ -132,19 +141,35 @@ def fvp(
     objective.require_outputs("fvp", "hvp, or Objective.from_model(model, predict, loss)")
     loss = objective.loss_of_outputs
     if fisher == "exact":
-        if not isinstance(loss, SoftmaxCrossEntropy | SigmoidCrossEntropy | SquaredError):
+        if not loss.hessian_is_fisher:
+            works = " or ".join(f"fisher={kind!r}" for kind in loss.fishers if kind in FISHERS)
             raise TypeError(
                 f"fvp(fisher='exact') knows the distribution of the losses of curvtrain.losses, not of "
-                f"{type(loss).__name__}. Use ggnvp, or fisher='sampled' with a loss that defines sample_targets."
+                f"{type(loss).__name__}. Use ggnvp, or {works}; or give the loss hessian_is_fisher = True, if it is so."
             )
         return ggnvp(objective, params, vector, batch, key)  # E_t[dl dl^T] = H_l for these natural parameters
+    if fisher == "sampled" and not loss.can_sample:
+        raise TypeError(
+            f"fvp(fisher='sampled') draws targets from the model, and {type(loss).__name__} cannot be sampled: it has "
+            f"no sample_targets of its own. Use ggnvp or fisher='empirical', or define it."
+        )
+    if why := objective.coupling(params, batch, key):
+        raise ValueError(
+            f"fvp(fisher={fisher!r}) takes gradients of single examples, but {why}. Use hvp or ggnvp, which are those "
+            f"of the loss of the whole batch."
+        )
     if fisher == "sampled" and key is None:
         raise ValueError("fvp(fisher='sampled') draws targets from the model and needs a key.")
 
     def product(params, vector, piece, key):
         z, Jv, pull = _linearised_outputs(objective, params, vector, piece, key)
-        targets = loss.sample_targets(z, piece, jax.random.fold_in(key, 1)) if fisher == "sampled" else piece
+        targets = loss.sample_targets(z, piece, fold(key, Purpose.TARGETS)) if fisher == "sampled" else piece
         w = loss.weights(z, piece)
+        if any(leaf.shape[: w.ndim] != w.shape for leaf in floats(z)):
+            raise TypeError(
+                f"fvp(fisher={fisher!r}) needs outputs that begin with the shape {w.shape} of the loss's values, not "
+                f"{[leaf.shape for leaf in floats(z)]}: which of them belong to an example is not known. Use ggnvp."
+            )
         values = lambda leaves: jnp.sum(loss.values(unmasked(with_floats(z, leaves), w), targets))
         r = jax.grad(values)(floats(z))  # r_i = dl/dz_i, so g_i = J_i^T r_i
         inner = lambda r, Jv: jnp.sum(trees.wide(r) * trees.wide(Jv), axis=tuple(range(w.ndim, r.ndim)))
@@ -185,8 +210,12 @@ def _mean_product(product, objective, params, vector, batch, key):
     """The mean of `product(params, vector, piece, key) -> (C v of the piece's mean, weight)` over the pieces."""
     _check(params)
     params, vector, dtype = trees.wide(params), _like(params, vector), trees.width(params)
+
+    def whole(Cv):
+        return Cv if objective.regulariser is None else trees.add(Cv, _of_penalty(objective, params, vector))
+
     if objective.in_one_piece(batch):
-        return product(params, vector, batch, key)[0]
+        return whole(product(params, vector, batch, key)[0])
 
     def sums(piece, key):
         Cv, weight = product(params, vector, piece, key)
@@ -194,7 +223,12 @@ def _mean_product(product, objective, params, vector, batch, key):
         return trees.scale(weight, Cv), weight
 
     total, weight = objective.accumulate(sums, batch, key)
-    return trees.scale(1.0 / safe(weight), total)
+    return whole(trees.scale(1.0 / safe(weight), total))
+
+
+def _of_penalty(objective, params, vector):
+    """The Hessian of the regulariser times a vector."""
+    return jax.jvp(jax.grad(objective.penalty), (params,), (vector,))[1]
 
 
 def _mean(cotangents: list[jax.Array], weight: jax.Array) -> list[jax.Array]:

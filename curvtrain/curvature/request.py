@@ -46,6 +46,7 @@ class Request:
       takes: the class of curvature that it takes.
       paths: of the parameters that it was initialised with.
       damping_every: steps after which the damping may change; None if it is constant, or changes in every step.
+      constant: whether the damping is a plain number of the program: a resumed run takes that of the new program.
       wishes: (name, value) pairs of the estimator's options, for those that its user left open (None).
     """
 
@@ -54,6 +55,7 @@ class Request:
     takes: type[Estimate] = dataclasses.field(metadata=dict(static=True))
     paths: tuple[Path, ...] = dataclasses.field(metadata=dict(static=True))
     damping_every: int | None = dataclasses.field(default=None, metadata=dict(static=True))
+    constant: bool = dataclasses.field(default=False, metadata=dict(static=True))
     wishes: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
     @classmethod
@@ -64,10 +66,12 @@ class Request:
         params: PyTree,
         damping: jax.Array | None = None,
         damping_every: int | None = None,
+        constant: bool = False,
         wishes: Mapping[str, Any] | None = None,
     ) -> "Request":
         """The request of an optimizer that is initialised with `params`, which may have holes (`optax.masked`)."""
-        return cls(damping, optimizer, takes, _Paths(by_path(params)), damping_every, tuple((wishes or {}).items()))
+        known = tuple((wishes or {}).items())
+        return cls(damping, optimizer, takes, _Paths(by_path(params)), damping_every, constant, known)
 
     def with_damping(self, damping: jax.Array) -> "Request":
         """The same wishes with another damping."""

@@ -4,7 +4,10 @@ Everything outside of this package sees `params`, a nested dict of arrays in the
 `Objective`, which is a pytree: its leaves are the model's other state (batch statistics and the like) and parameters
 that are not trained, while graph and functions are static, so it passes through `jax.jit`.
 
-    loss(params) = sum_i w_i l(f(params, x_i), t_i) / sum_i w_i
+    loss(params) = sum_i w_i l(f(params, x_i), t_i) / sum_i w_i + R(params)
+
+with R the regulariser, if there is one: a part of every value, gradient and product, added once to a batch, however
+many pieces it is walked in.
 
 Randomness comes in through `key` alone: the module's own random streams are replaced by streams folded out of it.
 Without a key, dropout is off.
@@ -21,13 +24,16 @@ from flax import nnx
 from curvtrain import _checks
 from curvtrain._dtypes import SPLIT, check_real, wide, width
 from curvtrain._outputs import floats, with_floats
-from curvtrain.losses import Loss, unmasked
-from curvtrain.objective.paths import Path, by_path, nested, path_name
-from curvtrain.objective.pieces import Measure, batch_size, loss_only_weight, safe, walk
-from curvtrain.objective.split_model import SplitModel, check_params
+from curvtrain.losses import Loss
+from curvtrain.objective.coupling import coupling, refused
+from curvtrain.objective.paths import Path, by_path, chosen_of, nested, over
+from curvtrain.objective.pieces import Measure, batch_size, safe, walk
+from curvtrain.objective.split_model import SplitModel, check_params, check_parts
+from curvtrain.objective.totals import check_regulariser, mean_of_loss_fn, penalty_of, total_of_outputs
 
 PyTree = Any
 Sums = TypeVar("Sums")
+Regulariser = Callable[[PyTree], jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +46,7 @@ class Objective:
       microbatch: number of examples that are walked at a time, or None for the whole batch in one piece.
       evaluating: running averages and no dropout, whatever the key.
       frozen: parameters that the loss reads and no derivative is taken of, a nested dict of arrays.
+      regulariser: R, a function of the parameters, or None.
     """
 
     model_state: PyTree
@@ -48,6 +55,7 @@ class Objective:
     microbatch: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     evaluating: bool = dataclasses.field(default=False, metadata=dict(static=True))
     frozen: PyTree = dataclasses.field(default_factory=dict)
+    regulariser: Regulariser | None = dataclasses.field(default=None, metadata=dict(static=True))
     # of all parameters of a loss-only objective from which some were selected: (their treedef, their paths)
     _whole: tuple[Any, tuple[Path, ...]] | None = dataclasses.field(default=None, metadata=dict(static=True))
 
@@ -59,6 +67,7 @@ class Objective:
         *,
         microbatch: int | None = None,
         wrt: Any = nnx.Param,
+        regulariser: Regulariser | None = None,
     ) -> tuple["Objective", PyTree]:
         """Splits `model` into an objective and its parameters.
 
@@ -66,10 +75,12 @@ class Objective:
           model: any module: BatchNorm, Dropout, remat and scan included. It is read, not changed.
           predict: `(model, batch) -> outputs`, an array or a pytree of arrays.
           loss: a `curvtrain.losses.Loss`.
-          microbatch: walk batches in pieces of this many examples; same result, less memory. A layer that mixes
-            examples (BatchNorm with batch statistics) sees a piece at a time, exactly as it does when gradients are
-            accumulated.
+          microbatch: walk batches in pieces of this many examples; same result, less memory. A loss in which examples
+            depend on each other (contrastive ones) is refused. A layer that mixes examples (BatchNorm with batch
+            statistics) sees a piece at a time, exactly as it does when gradients are accumulated.
           wrt: any NNX filter of the variables that are trained; other `nnx.Param`s are frozen.
+          regulariser: `params -> scalar`, a penalty that is added to the mean loss. It is given the parameters that are
+            trained, in their structure, those that `select` froze later included.
 
         Returns:
           The objective and its parameters, a nested dict of arrays in the module's own structure.
@@ -78,31 +89,40 @@ class Objective:
           TypeError, ValueError: an argument of the wrong type; a filter that matches nothing, or parameters that are
             not real floating-point numbers.
         """
-        if not isinstance(model, nnx.Module):
-            raise TypeError(f"Objective.from_model(model) should be an nnx.Module, not {type(model).__name__}.")
-        if not isinstance(loss, Loss):
-            raise TypeError(
-                f"Objective.from_model(loss) should be a curvtrain.losses.Loss, not {type(loss).__name__}. For a "
-                f"function (outputs, batch) -> values of shape (batch,), pass losses.PerExample(function)."
-            )
+        check_parts(model, loss)
         if microbatch is not None:
             _checks.positive_int("Objective.from_model(microbatch)", microbatch)
         static, params, frozen, rest = SplitModel.of(model, predict, loss, wrt)
         check_params(params, frozen)
-        return Objective(rest, static, None, microbatch, frozen=frozen), params
+        check_regulariser("Objective.from_model(regulariser)", regulariser)
+        objective = Objective(rest, static, None, microbatch, frozen=frozen, regulariser=regulariser)
+        jax.eval_shape(objective.penalty, params)
+        return objective, params
 
     @staticmethod
-    def from_loss(loss_fn: Callable[[PyTree, Any], jax.Array], *, microbatch: int | None = None) -> "Objective":
+    def from_loss(
+        loss_fn: Callable[[PyTree, Any], jax.Array],
+        *,
+        microbatch: int | None = None,
+        regulariser: Regulariser | None = None,
+    ) -> "Objective":
         """An objective over any pytree of parameters from a scalar function `(params, batch) -> mean loss`.
 
         It has no outputs, so the GGN, the Fisher and K-FAC are out of its reach. Pieces of a micro-batched batch are
-        weighted by their number of examples (or their `mask`/`weights`).
+        weighted by their number of examples (or their `mask`/`weights`): that is the loss of the whole only where it is
+        a mean over examples, which cannot be found out from here.
+
+        Args:
+          loss_fn: the function.
+          microbatch: walk batches in pieces of this many examples.
+          regulariser: `params -> scalar`, a penalty that is added to the mean loss.
         """
         if not callable(loss_fn):
             raise TypeError(f"Objective.from_loss(loss_fn) should be a function, not {type(loss_fn).__name__}.")
         if microbatch is not None:
             _checks.positive_int("Objective.from_loss(microbatch)", microbatch)
-        return Objective({}, None, loss_fn, microbatch)
+        check_regulariser("Objective.from_loss(regulariser)", regulariser)
+        return Objective({}, None, loss_fn, microbatch, regulariser=regulariser)
 
     # -- views -----------------------------------------------------------------------------------------------------
 
@@ -157,20 +177,12 @@ class Objective:
         Raises:
           ValueError: a path that is no parameter's, or none at all.
         """
-        leaves, chosen = by_path(params), set(paths)
-        if not chosen or not chosen <= leaves.keys():
-            unknown = sorted(map(path_name, chosen - leaves.keys()))
-            raise ValueError(
-                f"Objective.select(paths) should name parameters, such as {list(leaves)[:3]}"
-                + (f"; {unknown[:3]} are none." if unknown else ", at least one.")
-            )
-        if len(chosen) == len(leaves):
+        kept, rest = chosen_of(params, paths)
+        if not rest:
             return self, params
-        kept = {path: leaf for path, leaf in leaves.items() if path in chosen}
-        rest = {path: leaf for path, leaf in leaves.items() if path not in chosen}
         whole = self._whole
         if self._model is None and whole is None:
-            whole = (jax.tree.structure(params), tuple(leaves))
+            whole = (jax.tree.structure(params), tuple(by_path(params)))
         frozen = nested(by_path(self.frozen) | rest)
         return dataclasses.replace(self, frozen=frozen, _whole=whole), nested(kept)
 
@@ -182,16 +194,8 @@ class Objective:
         """
         if self._model is None and self._whole is None:
             return vector
-        leaves, (_, paths) = by_path(vector), self._whole or (None, self._model.paths if self._model else ())
-        wanted = set(paths) - by_path(self.frozen).keys()
-        if leaves.keys() != wanted:
-            odd = sorted(map(path_name, leaves.keys() ^ wanted))
-            raise ValueError(
-                f"The objective is a function of other parameters than it is given: {', '.join(odd[:3])} "
-                f"{'is' if len(odd) == 1 else 'are'} on one side only. Freeze the others with Objective.select(params, "
-                f"paths)."
-            )
-        return nested(leaves)
+        paths = self._whole[1] if self._whole else self._model.paths if self._model else ()
+        return over(vector, set(paths) - by_path(self.frozen).keys())
 
     def module(self, params: PyTree) -> nnx.Module:
         """The module with these parameters, in the mode in which it was given (of `evaluation()`: to be evaluated)."""
@@ -214,16 +218,36 @@ class Objective:
         return self._apply(params, self.model_state, batch, key, prepare)[0]
 
     def loss(self, params: PyTree, batch: Any, key: jax.Array | None = None) -> jax.Array:
-        """The mean loss over the (unmasked) examples: a float32 scalar, or float64 where a parameter is."""
+        """The mean loss over the (unmasked) examples, and the penalty: float32, or float64 where a parameter is; ()."""
         total, weight = self.accumulate(lambda piece, k: self.total(params, piece, k), batch, key)
-        return total / safe(weight)
+        return total / safe(weight) + self.penalty(params)
+
+    def penalty(self, params: PyTree) -> jax.Array:
+        """R(params), (), in the dtype of the loss; zero without a regulariser."""
+        if self.regulariser is None:
+            return jnp.zeros((), width(params))
+        whole = self._with_frozen_leaves(params)
+        if self._model is not None:
+            leaves = by_path(whole)
+            whole = nested({path: leaves[path] for path in self._model.trained})
+        return penalty_of(self.regulariser, whole, width(params))
 
     def total(self, params: PyTree, piece: Any, key: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """(sum_i w_i l_i, sum_i w_i) over one piece: what adds up over pieces, devices and processes."""
+        """(sum_i w_i l_i, sum_i w_i) over one piece, without the penalty: what adds up over pieces and devices."""
         if self._model is None:
             mean, weight = self._mean_of_loss_fn(params, piece)
             return mean * weight, weight
-        return self._total_of_outputs(self._apply(params, self.model_state, piece, key)[0], piece, width(params))
+        outputs = self._apply(params, self.model_state, piece, key)[0]
+        return total_of_outputs(self._model.loss, outputs, piece, width(params))
+
+    def coupling(self, params: PyTree, batch: Any, key: jax.Array | None = None, outputs: PyTree = None) -> str:
+        """Says what the loss of one example has to do with the others of its batch; empty if nothing was found.
+
+        Such a loss (a contrastive one, say) is another one in pieces of a batch. Normalisation over the batch inside of
+        the model is not looked for. Of the arguments only shapes are used; `outputs` are theirs, where they are known.
+        """
+        predict = lambda params, batch: self.with_microbatch(None).predict(params, batch, key)
+        return coupling(self._require_outputs("This").loss, predict, params, batch, outputs)
 
     def value_and_grad(
         self,
@@ -275,8 +299,13 @@ class Objective:
 
         sums = walk(piece_sums, self.model_state, batch, key, self.microbatch)
         state, (total, weight, grads, measured), seen = sums
-        grads = jax.tree.map(lambda g, p: (g if whole else g / safe(weight)).astype(p.dtype), grads, params)
-        return total / safe(weight), grads, state, seen, None if measure is None else (measured, weight)
+        value = total / safe(weight)
+        grads = grads if whole else jax.tree.map(lambda g: g / safe(weight), grads)
+        if self.regulariser is not None:
+            penalty, more = jax.value_and_grad(self.penalty)(params)
+            value, grads = value + penalty, jax.tree.map(jnp.add, grads, wide(more))
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        return value, grads, state, seen, None if measure is None else (measured, weight)
 
     def measure(self, params: PyTree, batch: Any, key: jax.Array | None, measure: Measure) -> tuple[Any, jax.Array]:
         """A measure's sums over the batch, and its total weight; of the gradient nothing is computed."""
@@ -313,7 +342,10 @@ class Objective:
         """(outputs, model state after the forward pass)."""
         assert self._model is not None
         whole = self._with_frozen_leaves(params)
-        return self._model.apply(whole, model_state, piece, key, self.evaluating, prepare)
+        outputs, state = self._model.apply(whole, model_state, piece, key, self.evaluating, prepare)
+        if self.microbatch is not None and (why := self.coupling(params, piece, key, outputs)):
+            raise refused(self.microbatch, why)
+        return outputs, state
 
     def _passes(self, params, model_state, piece, key, measure, grads=True):
         """(total loss, total weight, the mean's gradient or None, model state, outputs, measured) of one piece.
@@ -338,7 +370,7 @@ class Objective:
         rides = measure is not None and measure.rides(outputs, piece)
 
         def of_outputs(z):
-            total, weight = self._total_of_outputs(with_floats(outputs, z), piece, width(params))
+            total, weight = total_of_outputs(self.loss_of_outputs, with_floats(outputs, z), piece, width(params))
             return total if rides else total / safe(weight), (total, weight)
 
         (_, (total, weight)), seeds = jax.value_and_grad(of_outputs, has_aux=True)(z)
@@ -351,27 +383,8 @@ class Objective:
             measured = measure.sums(lambda seeds: pull(seeds)[1], own, outputs, piece, key)
         return total, weight, gradient if grads else None, state, outputs, measured
 
-    def _total_of_outputs(self, outputs, piece, dtype):
-        """(sum_i w_i l_i, sum_i w_i)."""
-        loss = self._require_outputs("This").loss
-        weights = loss.weights(outputs, piece)
-        values = loss.values(unmasked(outputs, weights), piece)
-        # where, not a product: a masked example may hold anything, and 0 * inf is not 0
-        total = jnp.sum(jnp.where(weights != 0, weights * values, 0.0))
-        return total.astype(dtype), jnp.sum(weights).astype(dtype)
-
     def _mean_of_loss_fn(self, params, piece):
         """(the mean loss of a piece, its weight)."""
         assert self._loss_fn is not None
-        value = self._loss_fn(self._with_frozen_leaves(params), piece)
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"The function given to Objective.from_loss should return a scalar, not shape {jnp.shape(value)}."
-            )
-        if jnp.iscomplexobj(value):
-            raise TypeError(
-                f"The function given to Objective.from_loss should return a real number, not {jnp.result_type(value)}: "
-                f"take jnp.abs of it, or its real part."
-            )
-        weight = loss_only_weight(piece).astype(width(params))
-        return jnp.asarray(value, width(params)) * (weight / safe(weight)), weight  # 0 where all is masked
+        whole = self._with_frozen_leaves(params)
+        return mean_of_loss_fn(self._loss_fn, whole, piece, self.microbatch is not None, width(params))

@@ -5,7 +5,7 @@ The same parameters come as nested dicts (from an `Objective`), as an `nnx.State
 a tuple of dictionary keys, indices and attribute names, is the same in all of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,32 @@ def nested(leaves: Mapping[Path, Any]) -> PyTree:
             node = node.setdefault(part, {})
         node[path[-1]] = leaf
     return tree
+
+
+def chosen_of(params: PyTree, paths: Collection[Path]) -> tuple[dict[Path, Any], dict[Path, Any]]:
+    """(the leaves at these paths, the others). Raises ValueError for a path that is no parameter's, or none at all."""
+    leaves, chosen = by_path(params), set(paths)
+    if not chosen or not chosen <= leaves.keys():
+        unknown = sorted(map(path_name, chosen - leaves.keys()))
+        raise ValueError(
+            f"Objective.select(paths) should name parameters, such as {list(leaves)[:3]}"
+            + (f"; {unknown[:3]} are none." if unknown else ", at least one.")
+        )
+    of = lambda inside: {path: leaf for path, leaf in leaves.items() if (path in chosen) == inside}
+    return of(True), of(False)
+
+
+def over(vector: PyTree, wanted: Collection[Path]) -> PyTree:
+    """A vector as a nested dict. Raises ValueError if its leaves are not just at the wanted paths."""
+    leaves = by_path(vector)
+    if leaves.keys() != set(wanted):
+        odd = sorted(map(path_name, leaves.keys() ^ set(wanted)))
+        raise ValueError(
+            f"The objective is a function of other parameters than it is given: {', '.join(odd[:3])} "
+            f"{'is' if len(odd) == 1 else 'are'} on one side only. Freeze the others with Objective.select(params, "
+            f"paths)."
+        )
+    return nested(leaves)
 
 
 def path_name(path: Path) -> str:

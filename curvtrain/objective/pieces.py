@@ -1,12 +1,13 @@
 """Batches in pieces: their sizes, and what is summed over them in the backward passes of a loss."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
-from curvtrain.losses import RESERVED, example_weights
+from curvtrain._keys import Purpose, fold
+from curvtrain.losses import loss_only_weights
 
 PyTree = Any
 
@@ -52,7 +53,7 @@ def walk(step: Callable, state: PyTree, batch: Any, key: jax.Array | None, size:
         state, sums, seen = step(state, batch, key)
         return state, sums, jax.tree.map(lambda a: a[None], seen)
     pieces, rest = divmod(batch_size(batch), size)
-    keys = [None] * (pieces + 1) if key is None else jax.random.split(key, pieces + 1)
+    keys = [None] * (pieces + 1) if key is None else jax.random.split(fold(key, Purpose.PIECES), pieces + 1)
     # Piece j takes rows j, j + pieces, ...: a batch that is sharded over devices in contiguous blocks then gives
     # every device its share of every piece, without communication.
     cut = lambda a: jnp.moveaxis(a[: pieces * size].reshape((size, pieces, *a.shape[1:])), 1, 0)
@@ -65,7 +66,7 @@ def walk(step: Callable, state: PyTree, batch: Any, key: jax.Array | None, size:
         return (state, jax.tree.map(jnp.add, sums, more)), seen
 
     first = jax.tree.map(lambda a: a[0], stacked)
-    shapes = jax.eval_shape(step, state, first, keys[0])[1]
+    shapes = jax.eval_shape(step, state, first, key)[1]
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (state, sums), seen = jax.lax.scan(body, (state, zeros), (stacked, None if key is None else keys[:pieces]))
     if rest:
@@ -76,8 +77,12 @@ def walk(step: Callable, state: PyTree, batch: Any, key: jax.Array | None, size:
 
 
 def safe(weight: jax.Array) -> jax.Array:
-    """A denominator: the total weight, or one where every example is masked (then the sums above it are zero)."""
-    return jnp.where(weight > 0, weight, 1.0)
+    """A denominator: the total weight, or one where every example is masked (then the sums above it are zero).
+
+    No mean has a total weight below zero, or one that is not finite: the denominator is then NaN.
+    """
+    otherwise = jnp.where(weight == 0, 1.0, jnp.nan).astype(weight.dtype)
+    return jnp.where((weight > 0) & jnp.isfinite(weight), weight, otherwise)
 
 
 def batch_size(batch: Any) -> int:
@@ -88,15 +93,23 @@ def batch_size(batch: Any) -> int:
     }
     if len(set(lengths.values())) != 1 or "a scalar" in lengths.values():
         raise ValueError(
-            f"The arrays of a batch should have one common length, their number of examples, not {lengths}."
+            f"The arrays of a batch should have one common length, their number of examples, not {lengths}. Groups of "
+            f"unequal length, such as interior and boundary points, go through an objective in one piece (without "
+            f"microbatch) with Lanczos or PSGD; for anything else make them rows of the same arrays, with an entry "
+            f"that says which group a row belongs to."
         )
     return int(next(iter(lengths.values())))
 
 
-def loss_only_weight(piece: Any) -> jax.Array:
-    """The weight of a piece of which only the mean loss is known: its examples, or their mask and weights."""
+def loss_only_weight(piece: Any, split: bool) -> jax.Array:
+    """The weight of a piece of which only the mean loss is known: its examples, or their mask and weights.
+
+    Args:
+      piece: the piece.
+      split: whether it may be one of several: the weight of a single one cancels, so no entry is read.
+    """
     leading = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(piece) if jnp.ndim(leaf)}
     if len(leading) != 1:
         return jnp.float32(1.0)  # not examples along a common axis: the batch is one piece anyway
-    entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-    return jnp.sum(example_weights(piece, max([(leading.pop(),), *entries], key=len)))
+    examples = leading.pop()
+    return jnp.sum(loss_only_weights(piece, examples)) if split else jnp.float32(examples)

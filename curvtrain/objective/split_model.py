@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from curvtrain._keys import Purpose, fold
 from curvtrain.losses import Batch, Loss
+from curvtrain.objective import modes
 from curvtrain.objective.paths import Path, by_path, path_name
 
 PyTree = Any
-
-_DETERMINISTIC = dict(deterministic=True)
-_EVALUATION = dict(deterministic=True, use_running_average=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +32,7 @@ class SplitModel:
       train, deterministic, evaluation: its graph as the module was configured; with dropout off; and with dropout off
         and running averages on.
       paths: of its parameters, trained and frozen.
+      trained: the paths of those that were trained when it was split.
       streams: (path, variable type, shape) of each of its RNG variables.
       wrt: filter of the trainable variables.
       predict: `(module, batch) -> outputs`.
@@ -43,6 +43,7 @@ class SplitModel:
     deterministic: nnx.GraphDef
     evaluation: nnx.GraphDef
     paths: tuple[Path, ...]
+    trained: tuple[Path, ...]
     streams: tuple[tuple[tuple[Any, ...], type, tuple[int, ...]], ...]
     wrt: Any
     predict: Callable[[nnx.Module, Batch], Any]
@@ -51,19 +52,18 @@ class SplitModel:
     @classmethod
     def of(cls, model: nnx.Module, predict: Any, loss: Loss, wrt: Any) -> tuple["SplitModel", PyTree, PyTree, PyTree]:
         """Returns (the static half, parameters, frozen parameters, model state) of a module, as nested dicts."""
+        model = modes.trained(model)
         graph, params, random, _, frozen, rest = _split(model, wrt)
-        deterministic, evaluation = (
-            _split(nnx.view(model, raise_if_not_found=False, **flags), wrt)[0]
-            for flags in (_DETERMINISTIC, _EVALUATION)
-        )
+        deterministic = _split(nnx.view(model, raise_if_not_found=False, **modes.DETERMINISTIC), wrt)[0]
+        evaluation = _split(modes.evaluated(model), wrt)[0]
         streams = tuple((path, type(v), v.get_value().shape) for path, v in nnx.to_flat_state(random))
         params, frozen, rest = map(nnx.to_pure_dict, (params, frozen, rest))
-        paths = (*by_path(params), *by_path(frozen))
-        return cls(graph, deterministic, evaluation, paths, streams, wrt, predict, loss), params, frozen, rest
+        trained, paths = tuple(by_path(params)), (*by_path(params), *by_path(frozen))
+        return cls(graph, deterministic, evaluation, paths, trained, streams, wrt, predict, loss), params, frozen, rest
 
     def random_state(self, key: jax.Array | None) -> PyTree:
         """The module's random streams, folded out of `key` in path order; counts start at zero."""
-        key = jax.random.key(0) if key is None else key
+        key = fold(jax.random.key(0) if key is None else key, Purpose.STREAMS)
         state: dict[Any, Any] = {}
         for i, (path, kind, shape) in enumerate(self.streams):
             node = state
@@ -90,6 +90,17 @@ class SplitModel:
         rest = nnx.to_pure_dict(_split(module, self.wrt)[-1])
         # keep what the split module had; variables that a forward pass adds (sown values) are not part of the state
         return outputs, _same_structure(rest, model_state)
+
+
+def check_parts(model: Any, loss: Any) -> None:
+    """Raises TypeError unless it is a module and a loss."""
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"Objective.from_model(model) should be an nnx.Module, not {type(model).__name__}.")
+    if not isinstance(loss, Loss):
+        raise TypeError(
+            f"Objective.from_model(loss) should be a curvtrain.losses.Loss, not {type(loss).__name__}. For a "
+            f"function (outputs, batch) -> values of shape (batch,), pass losses.PerExample(function)."
+        )
 
 
 def check_params(params: PyTree, frozen: PyTree) -> None:

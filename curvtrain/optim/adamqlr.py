@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain._extra import accepting
 from curvtrain.curvature import trees
 from curvtrain.curvature.products import ggn_gram, hvp
 from curvtrain.objective import Objective
@@ -168,7 +169,7 @@ class _AdamQlr:
         """One step; see `adamqlr`."""
         require_params("adamqlr", params)
         _require_objective(objective, batch, self.curvature)
-        base = optax.with_extra_args_support(self.base)
+        base = accepting(self.base)
         known = {"objective": objective, "batch": batch, "key": key, **extra}
         d, inner = base.update(updates, state.inner, params, **known)
         d, g, theta = trees.wide(d), trees.wide(updates), trees.wide(params)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain._extra import accepting
 from curvtrain.curvature import trees
 from curvtrain.optim.base import require_params, require_transformation, transformation
 
@@ -49,7 +50,7 @@ def ema_nesterov(
     require_transformation("ema_nesterov(tx)", tx)
     _checks.number_in("ema_nesterov(beta)", beta, 0.0)
     _checks.number_in("ema_nesterov(gamma)", gamma, 0.0, 1.0, open_high=True)
-    inner = optax.with_extra_args_support(tx)
+    inner = accepting(tx)
 
     def init(params):
         return EmaNesterovState(inner.init(params), jax.tree.map(lambda p: jnp.zeros(p.shape, trees.width(p)), params))

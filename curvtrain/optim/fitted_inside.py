@@ -10,6 +10,7 @@ import numpy as np
 import optax
 
 from curvtrain import _checks
+from curvtrain._keys import Purpose, fold
 from curvtrain.curvature import trees
 from curvtrain.curvature.psgd.base import PRECISIONS, Preconditioner, Structure
 from curvtrain.curvature.psgd.frequency import is_due
@@ -124,7 +125,7 @@ def scale_by_fitted(
         at = lambda option: jnp.asarray(option(state.count + 1) if callable(option) else option, structure.dtype)
         if whitens:
             v, h = None, averaged if fits_average else updates
-            due = is_due(rule, at(probability), state.count, state.waited, jax.random.fold_in(noise, 1))
+            due = is_due(rule, at(probability), state.count, state.waited, fold(noise, Purpose.CHANCE))
         else:
             v, h, due = vector, Hvp, jnp.asarray(asked, bool)
 

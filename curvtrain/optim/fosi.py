@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import optax
 
 from curvtrain import _checks
+from curvtrain._extra import accepting
 from curvtrain.curvature import trees
 from curvtrain.curvature.eigenpairs import Eigenpairs
 from curvtrain.curvature.packing import Packing
@@ -86,7 +87,8 @@ def fosi(
     (It takes functions for schedules: a `momentum` that is a function has to be among its `static_args`.)
 
     Before the first refresh, and for pairs that have not converged, this is `base` alone. Decoupled weight decay in
-    `base` acts on the complement only; to decay all of the parameters, put the decay in the loss.
+    `base` acts on the complement only; to decay all of the parameters, give the Trainer or the
+    objective a `regulariser`.
 
     Args:
       base: any optax transformation; it sees the parameter pytree, so masks, partitions and per-layer rules work.
@@ -120,7 +122,7 @@ def fosi(
         _checks.one_of("fosi(momentum)", momentum, MOMENTA)
         momentum = MOMENTA[momentum](decay)
     advance = momentum
-    base = optax.with_extra_args_support(base)
+    base = accepting(base)
 
     def init(params):
         dtype = accumulator_dtype or trees.width(params)

@@ -27,7 +27,7 @@ from curvtrain.curvature.request import Request
 from curvtrain.objective import Objective
 from curvtrain.optim.base import require_curvature, require_params, transformation, vectors_for
 from curvtrain.optim.quadratic_model import QuadraticModel, quadratic_model
-from curvtrain.optim.scale_by_curvature import check_damping, value_at
+from curvtrain.optim.scale_by_curvature import check_damping, damping_now, is_constant, value_at
 
 PyTree = Any
 
@@ -163,7 +163,9 @@ class _Kfac:
         return KfacState(
             count=jnp.int32(0),
             velocity=trees.zeros(params),
-            request=Request.of("kfac", Curvature, params, first.astype(dtype), period),
+            request=Request.of(
+                "kfac", Curvature, params, first.astype(dtype), period, constant=is_constant(self.damping)
+            ),
             learning_rate=jnp.zeros((), dtype),
             momentum=jnp.zeros((), dtype),
             reduction_ratio=jnp.full((), jnp.nan, dtype),
@@ -179,6 +181,7 @@ class _Kfac:
         has_model = any(isinstance(option, str) for option in (self.learning_rate, self.momentum, self.damping))
         if has_model or self.reject:
             _require_objective(objective, batch)
+        state = self._with_damping_now(state)
         theta, dtype = trees.wide(params), state.damping.dtype
         g = jax.tree.map(lambda g, p: g.astype(dtype) + self.l2 * p, updates, theta)
         rate = None if isinstance(self.learning_rate, str) else value_at(self.learning_rate, state.count, params)
@@ -230,6 +233,13 @@ class _Kfac:
             size = rate**2 * trees.dot(U, g)
             scale = -jnp.where(size > self.norm_constraint, jnp.sqrt(self.norm_constraint / size), 1.0)
         return trees.scale(scale, U)
+
+    def _with_damping_now(self, state: KfacState) -> KfacState:
+        """The state with the damping that the options say, unless it is adaptive: a resumed run may have others."""
+        if isinstance(self.damping, str):
+            return state
+        now = damping_now(self.damping, state.count, state.damping, self.l2)
+        return state._replace(request=state.request.with_damping(now))
 
     def _penalty(self, theta: PyTree) -> jax.Array:
         return 0.5 * self.l2 * trees.dot(theta, theta)

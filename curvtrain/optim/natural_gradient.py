@@ -39,7 +39,7 @@ from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.request import Request
 from curvtrain.optim.base import require_curvature, require_params, transformation, vectors_for
-from curvtrain.optim.scale_by_curvature import check_damping, value_at
+from curvtrain.optim.scale_by_curvature import check_damping, damping_now, is_constant, value_at
 
 PyTree = Any
 
@@ -175,7 +175,7 @@ class _NaturalGradient:
             count=jnp.int32(0),
             velocity=None if _checks.is_off(self.momentum) else trees.zeros(params),
             average=None if _checks.is_off(self.gradient_decay) else trees.zeros(params),
-            request=Request.of("natural_gradient", Curvature, params, first),
+            request=Request.of("natural_gradient", Curvature, params, first, constant=is_constant(self.damping)),
             first_rate=value_at(self.learning_rate, jnp.int32(0), params),
         )
 
@@ -188,7 +188,7 @@ class _NaturalGradient:
         g = jax.tree.map(lambda g, w: g + self.l2 * w, trees.wide(updates), w)
         g, state = self._stage(RAW, g, w, rate, state)
         to, back = vectors_for("natural_gradient", C, updates)
-        g = back(C.solve(to(g), state.damping))
+        g = back(C.solve(to(g), damping_now(self.damping, t, state.damping, self.l2)))
         if not _checks.is_off(self.weight_decay):
             decayed = optax.add_decayed_weights(self.weight_decay, self.mask)
             g, _ = decayed.update(g, decayed.init(w), w)

@@ -58,8 +58,8 @@ class KronOfAxes(Kronecker):
         made = [Side(n, "diagonal") if d else Side(n, "dense", n) for n, d in zip(sizes, diagonal, strict=True)]
         return tuple(range(len(shape))), tuple(made)
 
-    def damped(self, h, seed, floor):
+    def damped(self, h, seed):
         if not self.whitens:
-            return super().damped(h, seed, floor)
+            return super().damped(h, seed)
         size = jnp.mean(jnp.abs(h), axis=(0, *range(2, h.ndim)), keepdims=True)  # of each tensor of (k, L, ...)
         return h + math.sqrt(jnp.finfo(h.dtype).eps) * size * signs(seed, h.shape)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import optax
 
+from curvtrain._extra import accepting
 from curvtrain.objective import by_path, path_name
 from curvtrain.optim.base import require_transformation
 
@@ -49,7 +50,7 @@ def route(routes: Routes) -> optax.GradientTransformationExtraArgs:
             raise ValueError(f"optim.route: {pattern!r} is not a regular expression: {error}.") from error
         if tx is not None:
             require_transformation(f"optim.route({pattern!r})", tx)
-        transformations[index] = optax.set_to_zero() if tx is None else tx
+        transformations[index] = accepting(optax.set_to_zero() if tx is None else tx)
 
     def labels(params: PyTree) -> PyTree:
         chosen = [_first(patterns, path_name(path)) for path in by_path(params)]

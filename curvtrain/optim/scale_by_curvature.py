@@ -1,6 +1,7 @@
 """Any curvature as a link of an optax chain: g -> (C + damping I)^exponent g."""
 
 import math
+import numbers
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -55,14 +56,16 @@ def scale_by_curvature(
     power = exponent if isinstance(exponent, jax.Array) else float(exponent)
 
     def init(params):
-        request = Request.of("scale_by_curvature", Curvature, params, value_at(damping, jnp.int32(0), params))
+        first = value_at(damping, jnp.int32(0), params)
+        request = Request.of("scale_by_curvature", Curvature, params, first, constant=is_constant(damping))
         return ScaleByCurvatureState(jnp.int32(0), request)
 
     def update(updates, state, params=None, *, curvature=None, **extra):
         kind = "curvature.KFAC(), or another estimator"
         C = require_curvature("scale_by_curvature", curvature, Curvature, kind)
         to, back = vectors_for("scale_by_curvature", C, updates)
-        scaled = back(C.power(to(updates), state.damping, power))
+        asked = damping_now(damping, state.count, state.damping)
+        scaled = back(C.power(to(updates), asked, power))
         scaled = trees.cast(scaled, updates)
         request = state.request.with_damping(value_at(damping, state.count + 1, state.damping))
         return scaled, ScaleByCurvatureState(state.count + 1, request)
@@ -74,6 +77,21 @@ def check_damping(argument: str, damping: Any) -> None:
     """Raises TypeError or ValueError unless `damping` is a schedule or a number of at least 0."""
     if not callable(damping):
         _checks.number_in(argument, damping, 0.0)
+
+
+def is_constant(option: Any) -> bool:
+    """Says whether an option is a plain number, which changes with the program alone."""
+    return isinstance(option, numbers.Real)
+
+
+def damping_now(option: optax.ScalarOrSchedule, count: jax.Array, asked: jax.Array, l2: Any = 0.0) -> jax.Array:
+    """The damping of an update, lambda + l2 by the option; `asked` is what the state says of it.
+
+    They differ where a run was resumed with another option. Where they do not, but for rounding, the value is `asked`
+    to the last bit, as the curvature may hold inverses for just that.
+    """
+    now = (value_at(option, count, asked) + l2).astype(asked.dtype)
+    return jnp.where(jnp.abs(now - asked) <= 1e-6 * jnp.abs(now), asked, now)
 
 
 def value_at(schedule: optax.ScalarOrSchedule, count: jax.Array, like: PyTree) -> jax.Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from curvtrain._extra import accepting
 from curvtrain.curvature.base import CurvatureEstimator
 from curvtrain.curvature.request import (
     Answered,
@@ -89,7 +90,7 @@ def self_contained(
             f"self_contained(schedule): batch_size={schedule.batch_size} is for a Trainer, which draws batches for "
             f"refreshes. Leave it out, and give update() or self_contained a batch= of the size that you want."
         )
-    tx = optax.with_extra_args_support(tx)
+    tx = accepting(tx)
     default_objective, default_batch = objective, batch
 
     def init(params):

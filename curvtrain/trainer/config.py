@@ -11,6 +11,7 @@ from curvtrain import _checks
 
 WRITERS = ("jsonl", "csv", "tensorboard")
 SHARDINGS = ("replicated", "fsdp")
+NONFINITE = ("stop", "skip")
 ShardingRules = Sequence[tuple[str, PartitionSpec | str]]
 
 
@@ -33,10 +34,16 @@ class TrainerConfig:
       log_every: steps over which logged training metrics are averaged.
       accumulate: number of micro-batches in which a batch is walked; same gradients, less memory.
       ema: decay of an exponential moving average of the parameters, which `evaluate` then looks at; None: no average.
+        Batch statistics, and all other floating-point state of the model, are averaged with it, so that the averaged
+        parameters are evaluated with statistics of their own.
       eval_batch_size: examples per evaluation step; None: batch_size.
       keep_latest, keep_best: checkpoints to keep: the newest ones, and the best by `best_metric`.
       best_metric, best_mode: the evaluation metric that ranks checkpoints, and whether "min" or "max" is better.
       writers: the formats in which scalars are logged in the workdir, among "jsonl", "csv", "tensorboard".
+      nonfinite: what becomes of a step whose loss, gradient or new parameters are not finite. "stop": the run ends with
+        `trainer.Diverged`. "skip": the batch is used up, and parameters, their averages, optimizer state, curvature
+        and model state stay as they are; the step is logged as a warning and counted in "train/skipped".
+      max_nonfinite: steps in succession that "skip" skips; one more ends the run.
       progress: whether to print progress; None: yes, on process 0.
       compilation_cache: where JAX keeps compiled programs during `fit`, so that a repeated or resumed run starts
         without compiling again. True: in the workdir's folder `compiled`, which may be deleted at any time; without a
@@ -61,6 +68,8 @@ class TrainerConfig:
     best_metric: str = "loss"
     best_mode: str = "min"
     writers: Sequence[str] = ("jsonl",)
+    nonfinite: str = "stop"
+    max_nonfinite: int = 10
     progress: bool | None = None
     compilation_cache: str | os.PathLike | bool | None = True
 
@@ -73,6 +82,8 @@ class TrainerConfig:
                 _checks.positive_int(name(field), getattr(self, field))
         _checks.positive_int(name("seed"), self.seed, minimum=0)
         _checks.positive_int(name("keep_best"), self.keep_best, minimum=0)
+        _checks.one_of(name("nonfinite"), self.nonfinite, NONFINITE)
+        _checks.positive_int(name("max_nonfinite"), self.max_nonfinite, minimum=0)
         if self.ema is not None:
             _checks.number_in(name("ema"), self.ema, 0.0, 1.0, open_high=True)
         _checks.one_of(name("best_mode"), self.best_mode, ("min", "max"))

@@ -24,6 +24,8 @@ class TrainState:
       ema: the averaged parameters, or None.
       key: the run's random key; step t uses fold_in(key, t), so it never changes.
       frozen: the parameters that `Trainer(trainable)` leaves as they are, a nested dict; None where all are trained.
+      ema_model_state: the model state that belongs to `ema`: its floating-point arrays averaged with the same decay,
+        the others as they are; None without an average, or without such state.
     """
 
     step: Any
@@ -34,16 +36,25 @@ class TrainState:
     ema: PyTree
     key: Any
     frozen: PyTree = None
+    ema_model_state: PyTree = None
 
     def at(self, objective: Objective) -> Objective:
         """The objective at this state: with its model state and its frozen parameters."""
         return objective.with_state(self.model_state).with_frozen(self.frozen)
 
+    @property
+    def evaluated(self) -> tuple[PyTree, PyTree]:
+        """(the parameters that are evaluated, the model state that belongs to them): the averages, where there are."""
+        if self.ema is None:
+            return self.params, self.model_state
+        return self.ema, self.model_state if self.ema_model_state is None else self.ema_model_state
+
     # -- as a pytree -----------------------------------------------------------------------------------------------
 
     def tree_flatten_with_keys(self):
-        """The fields by name, without `frozen` where all parameters are trained, so checkpoints lack it too."""
-        names = tuple(f.name for f in dataclasses.fields(self) if f.name != "frozen" or self.frozen is not None)
+        """The fields by name, without those that a run may lack and does, so that checkpoints lack them too."""
+        absent = {name for name in ("frozen", "ema_model_state") if getattr(self, name) is None}
+        names = tuple(f.name for f in dataclasses.fields(self) if f.name not in absent)
         return [(jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names], names
 
     @classmethod

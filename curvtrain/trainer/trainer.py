@@ -2,7 +2,7 @@
 
 import abc
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -25,7 +25,6 @@ from curvtrain.trainer.run.plan import Plan
 from curvtrain.trainer.run.results import FitResult
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.watch.hooks import Hook
-from curvtrain.trainer.watch.metrics import Mean
 from curvtrain.trainer.watch.report import DryRun
 
 
@@ -44,19 +43,23 @@ class Trainer(abc.ABC):
     """Owns model, data and mesh, trains, evaluates and checkpoints.
 
     Subclass it and say what is trained: the attribute `loss` and the methods `build_model`, `predict` and, if you
-    like, `metrics`. Nothing else is meant to be overridden.
+    like, `metrics` and `regulariser`. Nothing else is meant to be overridden.
 
     Args:
       config: the options of the run.
       train_data: a dict of numpy arrays with one row per example, whose values may be such dicts again, or a grain
         dataset whose elements are batches, dicts of that kind.
       eval_data: likewise (a grain dataset should be finite); None evaluates nothing.
-      optimizer: any optax transformation. Its update gets the extra arguments `curvature`, `objective`, `batch`,
-        `key`, `value`, `grad` and `value_fn`.
+      optimizer: any optax transformation, or an object of your own with `init` and `update`. Its update gets those of
+        the extra arguments `curvature`, `objective`, `batch`, `key`, `value`, `grad`, `value_fn` and `grad_fn` that it
+        takes.
       curvature: the estimator of the curvature that the optimizer takes, or None.
       schedule: when it updates and refreshes; None is `CurvatureSchedule()`, which refreshes as often as the optimizer
         adapts its damping.
       hooks: called between steps.
+      eval_params: a function `(opt_state, params) -> params` of what is evaluated and exported, where that is not the
+        parameters at which gradients are taken: `optax.contrib.schedule_free_eval_params`, for instance. It is what
+        `evaluate`, `model` and `load_model` look at. The model's other state (batch statistics) is that of training.
       trainable: an NNX filter of the parameters (`nnx.Param`s) that are trained: a class, such as `nnx.LoRAParam`, a
         predicate (path, variable) -> bool, such as `nnx.PathContains("head")`, or a combination of them. The others
         are frozen: sharded and checkpointed, but in no gradient, optimizer state, average or curvature. Other state
@@ -81,6 +84,7 @@ class Trainer(abc.ABC):
         curvature: CurvatureEstimator | None = None,
         schedule: CurvatureSchedule | None = None,
         hooks: Sequence[Hook] = (),
+        eval_params: Callable[[Any, Any], Any] | None = None,
         trainable: Any = nnx.Param,
     ):
         name = type(self).__name__
@@ -105,11 +109,13 @@ class Trainer(abc.ABC):
         distributed.start()
         self.config = config
         self._eval_data, self._hooks = eval_data, tuple(hooks)
-        task = Task(name, self.build_model, self.predict, self.loss, self._metrics, trainable)
-        self._plan = Plan(config, task, train_data, optimizer, curvature, schedule or CurvatureSchedule())
+        regulariser = None if type(self).regulariser is Trainer.regulariser else self.regulariser
+        task = Task(name, self.build_model, self.predict, self.loss, self._metrics, trainable, regulariser)
+        schedule = schedule or CurvatureSchedule()
+        self._plan = Plan(config, task, train_data, optimizer, curvature, schedule, eval_params)
         if eval_data is not None:
             self._plan.check_eval_data(eval_data)
-        self._run = Run(self._plan.layout.initial_state, self._plan.streams())
+        self._run = Run(self._plan.first_state, self._plan.streams())
 
     # -- for subclasses --------------------------------------------------------------------------------------------
 
@@ -124,18 +130,29 @@ class Trainer(abc.ABC):
     def metrics(self, outputs: Any, batch: Any) -> Mapping[str, Any]:
         """Returns, by name, one value per example, shape (batch,) or (batch, time), or a `clu.metrics.Metric`.
 
-        Means are weighted by the batch's `mask` and `weights`. The loss is always reported as "loss". The default is
-        the loss's own metrics (accuracy, for classes).
+        Means are weighted as the loss is, by the batch's `mask` and `weights`. The loss is always reported as "loss".
+        The default is the loss's own metrics (accuracy, for classes). Rows that pad the last batch of an evaluation
+        count in no metric; of the data's own mask, a `clu.metrics.Metric` knows what it is told here.
         """
         return self.loss.metrics(outputs, batch)
+
+    def regulariser(self, params: Any) -> Any:
+        """Returns a penalty of the parameters, a scalar, which is added to the mean loss.
+
+        It is a part of the loss in every value that is reported ("loss" is with it, and "penalty" is it alone), in
+        gradients, products and the curvature that is made of them; `accumulate` adds it once to a batch. `params` are
+        the trained parameters, a nested dict in the model's own structure. The default is none.
+        """
+        return None
 
     # -- for users -------------------------------------------------------------------------------------------------
 
     def fit(self) -> FitResult:
         """Trains to `config.steps`, from the newest checkpoint if the workdir holds one.
 
-        Called again, it goes on where the last call ended, by an error too; a finished run is only evaluated. To train
-        for longer, build a Trainer with more steps on the same workdir.
+        Called again, it goes on where the last call ended, by an error too. A run that is finished, or that a hook has
+        ended (`hooks.EarlyStopping`), is only evaluated; to train for longer, build a Trainer with more steps on the
+        same workdir. One that diverged raises Diverged again, unless there is a checkpoint to go on from.
 
         Returns:
           The last metrics, the history of this call, and why it ended.
@@ -152,13 +169,14 @@ class Trainer(abc.ABC):
     def evaluate(self, data: Any = None) -> dict[str, float]:
         """Metrics by name over all of `data` (default: the eval_data), exact over a ragged last batch.
 
-        It looks at the current state, as `state` does; with `config.ema`, at the averaged parameters.
+        It looks at the current state, as `state` does; with `config.ema`, at the averaged parameters and the averaged
+        model state. Random numbers that the model draws differ from batch to batch, and are the same in every call.
         """
         data = self._eval_data if data is None else data
         if data is None:
             raise ValueError(f"{type(self).__name__}.evaluate(data): there is no data, and no eval_data was given.")
         self._plan.check_eval_data(data, f"{type(self).__name__}.evaluate(data)")
-        scores = evaluate(self._plan, self.state, data)
+        scores = evaluate(self._plan, self._run.current, data)
         assert scores is not None
         return scores
 
@@ -166,8 +184,14 @@ class Trainer(abc.ABC):
     def state(self) -> TrainState:
         """The training state: step, params, model_state, opt_state, curvature, ema, key, frozen.
 
-        Before `fit` it is the initial one, and while a run is going on, from hooks too, that of the step that was just
-        done. The next step donates its buffers.
+        Before `fit` it is that of the newest checkpoint in the workdir, or the initial one if there is none. While a
+        run is going on, from hooks too, it is that of the step that was just done. What you keep of it stays as it is,
+        at the cost of a copy: the next step takes the memory of what nobody has kept. With several processes, all of
+        them should ask for it.
+
+        Raises:
+          trainer.Mismatch: the workdir holds another run.
+          trainer.CheckpointError: no checkpoint there can be read.
         """
         return self._run.state
 
@@ -178,32 +202,41 @@ class Trainer(abc.ABC):
 
     @property
     def model(self) -> nnx.Module:
-        """The model with the current parameters and state, in evaluation mode; a copy that training leaves alone."""
-        return self._module(self.state.params, self.state.frozen, self.state.model_state)
+        """The model with the current parameters and state, in evaluation mode; a copy that training leaves alone.
+
+        With `eval_params`, its parameters are what that gives. Returned by `build_model` of another Trainer, as a whole
+        or as a part, it is trained as the original was: with dropout and moving batch statistics.
+        """
+        state = self._run.current
+        return self._module(self._exported(state.opt_state, state.params), state.frozen, state.model_state)
 
     @property
     def ema_model(self) -> nnx.Module:
-        """The model with the averaged parameters; needs `config.ema`."""
-        if self.state.ema is None:
+        """The model with the averaged parameters and the averaged model state; needs `config.ema`."""
+        if self.config.ema is None:
             raise ValueError("ema_model needs TrainerConfig(ema=...), which is None.")
-        return self._module(self.state.ema, self.state.frozen, self.state.model_state)
+        state = self._run.current
+        params, model_state = state.evaluated
+        return self._module(params, state.frozen, model_state)
 
     def load_model(self, workdir: str | os.PathLike | None = None, step: int | None = None) -> nnx.Module:
         """The model of a checkpoint, for inference, in evaluation mode: the newest one, or that of `step`.
 
         Args:
           workdir: the run's folder; None is the config's.
-          step: the checkpoint's step. With `config.ema`, the averaged parameters are read.
+          step: the checkpoint's step. With `config.ema`, the averages are read; with `eval_params`, what that gives.
         """
         workdir = self.config.workdir if workdir is None else workdir
         if workdir is None:
             raise ValueError("load_model(workdir): there is none, and TrainerConfig(workdir) is None.")
-        state, averaged = self._plan.layout.state, self.config.ema is not None
-        target = {"model_state": state.model_state, **({"ema": state.ema} if averaged else {"params": state.params})}
-        if state.frozen is not None:
-            target["frozen"] = state.frozen
+        state = self._plan.layout.state
+        params = "params" if state.ema is None else "ema"
+        model_state = "model_state" if state.ema_model_state is None else "ema_model_state"
+        names = [params, model_state, "frozen", *(() if self._plan.eval_params is None else ("opt_state",))]
+        target = {name: getattr(state, name) for name in names if getattr(state, name) is not None}
         _, parts = read_params(workdir, target, step)
-        return self._module(parts["ema" if averaged else "params"], parts.get("frozen"), parts["model_state"])
+        chosen = self._exported(parts.get("opt_state"), parts[params])
+        return self._module(chosen, parts.get("frozen"), parts[model_state])
 
     def dry_run(self) -> DryRun:
         """Memory and FLOPs of each program and bytes of the state, without allocating any of it. Print it."""
@@ -215,13 +248,18 @@ class Trainer(abc.ABC):
         values = self.metrics(outputs, batch)
         if not isinstance(values, Mapping):
             raise TypeError(f"{type(self).__name__}.metrics should return a dict, not {type(values).__name__}.")
-        return {**values, "loss": Mean.of(self.loss.values(outputs, batch), self.loss.weights(outputs, batch))}
+        return {**values, "loss": self.loss.values(outputs, batch)}
+
+    def _exported(self, opt_state: Any, params: Any) -> Any:
+        eval_params = self._plan.eval_params
+        return params if eval_params is None else jax.jit(eval_params)(opt_state, params)
 
     def _module(self, params: Any, frozen: Any, model_state: Any) -> nnx.Module:
-        # Copies, because the next step donates the state; in the parameters' dtypes, which an average does not have.
+        # Copies, because the next step donates the state; in the model's own dtypes, which an average does not have.
         layout = self._plan.layout
-        params = jax.tree.map(lambda a, p: jnp.array(a, p.dtype), params, layout.state.params)
-        frozen, model_state = jax.tree.map(jnp.array, (frozen, model_state))
+        like = layout.state.params, layout.state.frozen, layout.state.model_state
+        copy = lambda a, p: jnp.array(a, p.dtype)
+        params, frozen, model_state = jax.tree.map(copy, (params, frozen, model_state), like)
         return layout.objective.with_state(model_state).with_frozen(frozen).evaluation().module(params)
 
 

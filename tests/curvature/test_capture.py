@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from curvtrain import losses
+from curvtrain._keys import Purpose, fold
 from curvtrain.curvature import KFAC, DiagonalFisher, FullBlock, KroneckerDiagonal, UnitWise, register_layer
 from curvtrain.curvature.capture import (
     EmbedLayer,
@@ -444,7 +445,7 @@ def check(objective, params, batch, net, kind="squared", fisher="empirical", sta
     targets = None
     if fisher == "sampled":
         z = objective.predict(params, batch, key)
-        sampled = objective.loss_of_outputs.sample_targets(z, batch, jax.random.fold_in(key, 1))
+        sampled = objective.loss_of_outputs.sample_targets(z, batch, fold(key, Purpose.TARGETS))
         targets = np.asarray(sampled["t"])
     all_uses, weight, _ = reference(net, params, batch, kind, fisher, targets)
     errors = compare(coverage, found, all_uses, orthogonal(coverage))

@@ -22,6 +22,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, PartitionSpec
 
 from curvtrain import losses
+from curvtrain._keys import Purpose, fold
 from curvtrain.curvature import KFAC, DiagonalFisher, FullBlock, KroneckerDiagonal, UnitWise
 from curvtrain.curvature import mesh as curvature_mesh
 from curvtrain.curvature.kfac.factors import matrices_of
@@ -225,10 +226,10 @@ def weights_of(case, batch):
 def sampled_targets(case, batch):
     """(drawn for the batch as a whole, drawn for plain parameters, which see one example at a time)."""
     objective, params = build(case)
-    draw = lambda z, batch, key: LOSSES[case.value].sample_targets(z, batch, jax.random.fold_in(key, 1))["t"]
+    draw = lambda z, batch, key: LOSSES[case.value].sample_targets(z, batch, fold(key, Purpose.TARGETS))["t"]
     z = objective.predict(params, batch, KEY)
     one = lambda z, example, key: draw(z[None], jax.tree.map(lambda a: a[None], example), key)[0]
-    return draw(z, batch, KEY), jax.vmap(one)(z, batch, jax.random.split(KEY, N))
+    return draw(z, batch, KEY), jax.vmap(one)(z, batch, jax.random.split(fold(KEY, Purpose.EXAMPLES), N))
 
 
 def dense(name, fisher):
@@ -401,13 +402,14 @@ def test_microbatches_give_what_one_piece_gives(name, fisher):
     whole = estimate(estimators(fisher), CASES[name])
     for kind in ESTIMATORS:
         assert_close(pieces[kind][1], whole[kind][1])
-        assert pieces[kind][0].weight == whole[kind][0].weight == 1
+        W = weights_of(CASES[name], batch_for(CASES[name])).sum()
+        np.testing.assert_allclose([pieces[kind][0].weight, whole[kind][0].weight], W, rtol=1e-6)
 
 
 def test_average_is_debiased():
-    """After three batches: (e^2 C_0 + e C_1 + C_2) / (e^2 + e + 1); of Kronecker factors, each by itself."""
+    """After three batches of one weight: (e^2 C_0 + e C_1 + C_2) / (e^2 + e + 1); each factor by itself."""
     case, e = CASES["mlp, masked"], 0.6
-    share = np.array([e**2, e, 1]) / (e**2 + e + 1)
+    share, W = np.array([e**2, e, 1]) / (e**2 + e + 1), weights_of(case, batch_for(case)).sum()
     ours = estimate(estimators("empirical", ema=e), case, seeds=(0, 1, 2))
     last = estimate(estimators("empirical", ema=0.0), case, seeds=(0, 2))
     each = [estimate(estimators("empirical"), case, seeds=(seed,)) for seed in (0, 1, 2)]
@@ -415,13 +417,32 @@ def test_average_is_debiased():
         leaves = lambda found, kind=kind, field=field: jax.tree.leaves(getattr(found[kind][0], field))
         for got, *xs in zip(leaves(ours), *map(leaves, each), strict=True):
             assert_close(got, np.tensordot(share, np.array(xs, np.float64), 1))
-        np.testing.assert_allclose(ours[kind][0].weight, e**2 + e + 1, rtol=1e-6)
+        np.testing.assert_allclose(ours[kind][0].weight, W * (e**2 + e + 1), rtol=1e-6)
         assert_close(last[kind][1], each[2][kind][1])
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def updated(estimators, curvatures, objective, params, batch):
     return {k: e.update(curvatures[k], objective, params, batch, KEY) for k, e in estimators}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def first_update(estimators, objective, params, batch):
+    return {k: e.update(e.init(objective, params), objective, params, batch, KEY) for k, e in estimators}
+
+
+def test_a_pass_over_a_data_set_in_ragged_batches_gives_its_mean():
+    """With ema=1: batches of two examples and of four, masked and weighted, are worth what their weights are."""
+    case = CASES["mlp, masked"]
+    (objective, params), data = build(case), batch_for(case)
+    of = tuple((estimators("empirical", ema=1.0) | {"kfac": KFAC("empirical", ema=1.0)}).items())
+    whole = first_update(of, objective, params, data)
+    cut = lambda some: jax.tree.map(lambda a: a[some], data)
+    parts = first_update(of, objective, params, cut(slice(0, 2)))
+    parts = updated(of, parts, objective, params, cut(slice(2, None)))
+    for kind, field in (AVERAGED | {"kfac": "factors"}).items():
+        jax.tree.map(assert_close, getattr(parts[kind], field), getattr(whole[kind], field))
+        np.testing.assert_allclose(parts[kind].weight, weights_of(case, data).sum(), rtol=1e-6)
 
 
 def test_a_batch_that_is_not_finite_or_all_masked_is_skipped_and_counted():
@@ -437,7 +458,7 @@ def test_a_batch_that_is_not_finite_or_all_masked_is_skipped_and_counted():
         jax.tree.map(np.testing.assert_array_equal, getattr(after[kind], field), getattr(good[kind], field))
         assert (good[kind].skipped, after[kind].skipped, after[kind].weight) == (0, 2, good[kind].weight)
         assert after[kind].telemetry()["skipped"] == 2
-        np.testing.assert_allclose(again[kind].weight, 1.95, rtol=1e-6)
+        np.testing.assert_allclose(again[kind].weight, 1.95 * weights_of(case, batch_for(case)).sum(), rtol=1e-6)
         assert again[kind].skipped == 2
         new = jax.tree.leaves(getattr(again[kind], field))
         assert all(np.all(np.isfinite(leaf)) for leaf in new)
@@ -476,30 +497,6 @@ def test_matvec_solve_and_power_are_those_of_the_matrix(name):
             assert_close(solved[i], of_matrix(1 / damped), tolerance)
             assert_close(inverse[i], solved[i])
             assert_close(root[i], of_matrix(damped**-0.5), tolerance)
-
-
-def test_a_layer_used_twice_counts_every_use_as_an_example():
-    """As documented: the cross terms between its uses are not there."""
-
-    class Twice(nnx.Module):
-        def __init__(self, rngs):
-            self.a = nnx.Linear(3, 3, rngs=rngs)
-
-        def __call__(self, x):
-            return self.a(nnx.tanh(self.a(x)))
-
-    class Two(nnx.Module):
-        def __init__(self, rngs):
-            self.a = nnx.Linear(3, 3, rngs=rngs)
-            self.b = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
-            self.b.kernel[...], self.b.bias[...] = self.a.kernel[...], self.a.bias[...]
-
-        def __call__(self, x):
-            return self.b(nnx.tanh(self.a(x)))
-
-    shared, _ = estimate({"full": FullBlock("empirical")}, Case(Twice, squared))["full"]
-    separate, _ = estimate({"full": FullBlock("empirical")}, Case(Two, squared))["full"]
-    assert_close(shared.blocks["a"], separate.blocks["a"] + separate.blocks["b"])
 
 
 def test_specs_are_those_of_the_parameters():
@@ -548,8 +545,8 @@ def test_bad_options(kind):
     name = kind.__name__
     with pytest.raises(ValueError, match=rf"{name}\(fisher\) should be one of .* not 'exat'. Did you mean 'exact'"):
         kind("exat")
-    with pytest.raises(ValueError, match=rf"{name}\(ema\) should be at least 0.0 and below 1.0, not 1.0"):
-        kind(ema=1.0)
+    with pytest.raises(ValueError, match=rf"{name}\(ema\) should be at least 0.0 and at most 1.0, not 1.5"):
+        kind(ema=1.5)
     with pytest.raises(ValueError, match=rf"{name}\(uncovered\) should be one of 'error', 'diagonal'"):
         kind(uncovered="skip")
     with pytest.raises(TypeError, match=rf"{name} finds the layers of a model, so init\(\) needs the objective"):

@@ -338,7 +338,7 @@ def test_a_loss_of_ones_own():
     for product, name in (("hessian", "hessian"), ("ggn", "ggn"), ("empirical", "outer")):
         # fourth powers reach the hundreds: errors relative to the largest entry, 4e-7 at worst
         np.testing.assert_allclose(got[product], want[name], rtol=0, atol=1e-6 * np.abs(want[name]).max())
-    with pytest.raises(TypeError, match=r"fisher='exact'\) knows.*not of PerExample. Use ggnvp, or fisher='sampled'"):
+    with pytest.raises(TypeError, match=r"fisher='exact'\) knows.*not of PerExample. Use ggnvp, or fisher='empirical'"):
         fvp["exact"](objective, params, params, batch)
     with pytest.raises(TypeError, match="PerExample cannot be sampled"):
         fvp["sampled"](objective, params, params, batch, jax.random.key(0))

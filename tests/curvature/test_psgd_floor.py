@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from curvtrain import Objective, losses, optim
 from curvtrain.curvature import PSGD, Kron, XMat
 from curvtrain.curvature.psgd import Elementwise
-from curvtrain.curvature.psgd.base import Structure, mean_size
+from curvtrain.curvature.psgd.base import Structure
 
 RATE, STEPS = 0.01, 10
 
@@ -80,13 +80,13 @@ def apart(a, b):
 
 @pytest.mark.parametrize("family", [Kron(), Elementwise(), XMat()], ids=lambda f: type(f).__name__)
 def test_a_dead_parameter_stays_where_it_is(family):
-    """To 0.05 learning rates in ten steps, while the others move by as much as they always did."""
+    """To a tenth of one step in ten, while the others move by as much as they always did."""
     orders = [as_it_is, permuted] + ([on_eight_devices] if isinstance(family, Elementwise) else [])
     (plain, *others), before = trained(family, orders)
-    assert apart(plain["first"]["bias"], np.asarray(before["first"]["bias"])) < 0.05
+    assert apart(plain["first"]["bias"], np.asarray(before["first"]["bias"])) < 0.1
     assert apart(plain["first"]["kernel"], np.asarray(before["first"]["kernel"])) > 5
     for other in others:
-        assert apart(plain["first"]["bias"], other["first"]["bias"]) < 0.05
+        assert apart(plain["first"]["bias"], other["first"]["bias"]) < 0.1
         assert apart(plain["first"]["kernel"], other["first"]["kernel"]) < 1e-3
 
 
@@ -98,17 +98,18 @@ def test_without_the_floor_it_does_not():
 
 # -- one fit ---------------------------------------------------------------------------------------------------------
 
-MIX = np.random.default_rng(1).normal(size=(4, 4)) @ (np.eye(4) - 0.25)  # no row sums to anything but rounding
+WHOLE = np.random.default_rng(1).normal(size=(4, 4)).astype(np.float32)
+SUMLESS = WHOLE - WHOLE.mean(1, keepdims=True)  # no row sums to anything but rounding
 
 
-def fitted(family, size=1.0):
-    """P of a head's kernel after 400 gradients whose rows add up to 1e-8 of their size, and of a dead bias."""
+def fitted(family, mix, size=1.0, dead=1e-8):
+    """P's updates after 400 gradients of a head's kernel, of noise in the sums of its rows, and of a dead bias."""
     structure = Structure.of({"kernel": jnp.zeros((6, 4)), "bias": jnp.zeros(4)})
 
     def gradient(key):
-        noise = 1e-8 * jax.random.normal(key, (6, 1))
-        kernel = jax.random.normal(jax.random.fold_in(key, 1), (6, 4)) @ jnp.float32(MIX) + noise
-        return {"kernel": size * kernel, "bias": 1e-8 * size * jax.random.normal(jax.random.fold_in(key, 2), (4,))}
+        draw = lambda i, shape: jax.random.normal(jax.random.fold_in(key, i), shape)
+        kernel = draw(0, (6, 4)) @ mix + dead * draw(1, (6, 1))
+        return {"kernel": size * kernel, "bias": dead * size * draw(2, (4,))}
 
     def one(state, i):
         h = jax.tree.map(lambda a: a[None], gradient(jax.random.fold_in(jax.random.key(0), i)))
@@ -120,17 +121,26 @@ def fitted(family, size=1.0):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *updates)
 
 
-@pytest.mark.parametrize("size", [1e-4, 1.0, 1e12])
-def test_live_directions_are_whitened_and_dead_ones_are_not(size):
-    """Whatever the gradient's size: the floor is relative to it."""
-    after, before = fitted(Kron(), size), fitted(Kron(relative_damping=0.0), size)
-    live = lambda updates: updates["kernel"] - updates["kernel"].mean(-1, keepdims=True)
-    np.testing.assert_allclose(live(after), live(before), atol=0.02 * np.abs(live(before)).max())
-    assert 0.5 < np.sqrt(np.square(live(after)).mean()) < 1.5
-    assert np.abs(after["bias"]).max() < 1e-2
-    assert np.abs(after["kernel"].sum(-1)).max() < 1e-2
-    if size >= 1:  # the absolute damping bounds what is smaller
-        assert np.abs(before["bias"]).max() > 0.1
+@pytest.mark.parametrize("size", [1.0, 1e12])
+def test_dead_directions_are_not_whitened(size):
+    """Whatever the gradient's size: the floor is relative to it. What is live has steps of unit size."""
+    updates = fitted(Kron(), SUMLESS, size)
+    assert 0.7 < np.sqrt(np.square(updates["kernel"]).mean()) < 1.2
+    assert np.abs(updates["bias"]).max() < 1e-2
+    # 0.03; if noise under the observations were drawn, in the place of what it adds to the fit on average, 3.7
+    assert np.abs(updates["kernel"].sum(-1)).max() < 0.05
+
+
+def test_without_the_floor_they_are():
+    updates = fitted(Kron(relative_damping=0.0), SUMLESS, 1e4)
+    assert np.abs(updates["bias"]).max() > 0.5
+
+
+def test_live_directions_are_whitened_as_before():
+    """Here of sizes from 1 to 1/100, and of a bias of a tenth of the kernel's."""
+    mix = WHOLE * np.float32([[1.0], [0.3], [0.1], [0.01]])
+    after, before = (fitted(family, mix, dead=0.1) for family in (Kron(), Kron(relative_damping=0.0)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max()), after, before)
 
 
 def test_the_floor_is_that_of_the_finest_dtype():
@@ -147,6 +157,20 @@ def test_the_floor_is_that_of_the_finest_dtype():
         Kron(relative_damping=-1.0)
 
 
-def test_the_size_of_gradients_leaves_out_what_is_not_finite():
-    h = {"a": jnp.array([1.0, -3.0]), "b": jnp.array([jnp.inf, 1.0]), "c": jnp.array([jnp.nan, 1.0])}
-    assert mean_size(h) == 4 / 6
+def test_a_typical_size_is_not_that_of_an_outlier():
+    """Nor of what is not finite; scanned layers count one by one."""
+    h = {
+        "a": [1.0, -3.0],
+        "b": [jnp.inf, 1.0],
+        "c": [jnp.nan, 1.0],
+        "d": [1e30, 1.0],
+        "e": [0.0, 0.0],
+        "f": [[4.0], [5.0]],
+    }
+    h = {name: jnp.asarray([values]) for name, values in h.items()}
+    structure = Structure.of({name: jnp.zeros(a.shape[1:]) for name, a in h.items()}, [0, 0, 0, 0, 0, 1])
+    floors = Kron(relative_damping=1.0).floors(structure, h, whitens=True)
+    np.testing.assert_allclose(floors[0], 5.0)  # of 2, 4, 5 and 5e29, the upper of the two in the middle
+    np.testing.assert_allclose(floors[4], 5.0)
+    np.testing.assert_allclose(floors[5], [5.0, 5.0])
+    np.testing.assert_allclose(floors[3], 5e29)

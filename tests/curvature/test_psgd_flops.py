@@ -84,8 +84,10 @@ def test_diagonal_whitening_costs_little_more_than_adam(pieces):
     adam = step_flops(None, PLAIN, pieces)
     if pieces == 1:
         assert step_flops(Elementwise(), UPDATE, pieces) <= 1.06 * adam
-    else:  # of one piece, as the body of a loop is counted once: the rest is the same
-        extra = step_flops(Elementwise(), UPDATE, 1) - step_flops(None, PLAIN, 1)
+    else:  # of one piece, as the body of a loop is counted once: the rest is the same, but that the sum of the pieces'
+        # gradients is divided, which XLA does again in each of the passes over it that the fit and the step make
+        size = sum(p.size for p in jax.tree.leaves(nnx.state(MLP(nnx.Rngs(0)))))
+        extra = step_flops(Elementwise(), UPDATE, 1) - step_flops(None, PLAIN, 1) + 5 * size
         assert step_flops(Elementwise(), UPDATE, pieces) - adam <= 1.05 * extra
 
 

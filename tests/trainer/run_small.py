@@ -2,9 +2,9 @@
 
 Dropout, BatchNorm, shuffling, an average of the parameters, FOSI, and Lanczos on a curvature batch of its own; with
 `"estimator": "kfac"`, K-FAC's optimizer on sampled Kronecker factors instead, with "psgd" whitened momentum, with
-"none" SGD. It prints a line after every step, and at the end writes every leaf of the state and the positions of the
-data to `out`. One of several processes says which one it is and prints its last metrics, and process 0 writes. The
-tests import it for the same run in their own process.
+"none" SGD. With `"train_data": "grain"` a grain pipeline makes its batches. It prints a line after every step, and at
+the end writes every leaf of the state and the positions of the data to `out`. One of several processes says which one
+it is and prints its last metrics, and process 0 writes. The tests import it for the same run in their own process.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import grain
 import jax
 import numpy as np
 import optax
@@ -87,6 +88,12 @@ def data(examples=200, seed=0):
     return {"x": x, "label": label, "number": (np.arange(examples, dtype=np.float32) / 16) ** 2}
 
 
+def pipeline(rows):
+    """The same examples one by one, shuffled, repeated and batched by grain, read ahead by its threads."""
+    source = [{name: array[i] for name, array in rows.items()} for i in range(len(rows["x"]))]
+    return grain.MapDataset.source(source).seed(3).shuffle().repeat().batch(BATCH, drop_remainder=True)
+
+
 def make(cls=Small, hooks=(), train_data=None, optimizer=None, estimator="lanczos", schedule=None, **config):
     """The run's trainer; every argument can be given another value."""
     options = {"steps": 20, "batch_size": BATCH, "save_every": 4, "eval_every": 8, "log_every": 1, "ema": 0.9}
@@ -103,7 +110,7 @@ def make(cls=Small, hooks=(), train_data=None, optimizer=None, estimator="lanczo
         estimator, optimizer = None, optimizer or optax.sgd(1e-2)
     return cls(
         curvtrain.TrainerConfig(**{**options, "progress": False, **config}),
-        train_data=data() if train_data is None else train_data,
+        train_data=pipeline(data()) if isinstance(train_data, str) else data() if train_data is None else train_data,
         eval_data=data(50, seed=1),
         optimizer=optim.fosi(optax.adam(1e-2)) if optimizer is None else optimizer,
         curvature=estimator,

@@ -19,7 +19,7 @@ import run_small
 from jax.sharding import NamedSharding, PartitionSpec
 
 from curvtrain import CurvatureSchedule, TrainerConfig, curvature, optim
-from curvtrain.trainer import Call, CheckpointError, Hook, Mismatch
+from curvtrain.trainer import CheckpointError, Mismatch
 from curvtrain.trainer.disk.checkpoint import Checkpoints
 from curvtrain.trainer.disk.workdir import LOCK
 from curvtrain.trainer.mesh.sharding import make_mesh
@@ -535,21 +535,3 @@ def test_load_model_of_a_damaged_checkpoint(finished, tmp_path, damage):
         trainer.load_model(tmp_path)
     assert trainer.load_model(tmp_path, step=4) is not None
     assert on_disk(tmp_path) == [4, 6]
-
-
-def test_a_hook_whose_memory_is_not_json_is_told_at_the_first_save(tmp_path):
-    class Forgetful(Hook):
-        def __call__(self, run):
-            pass
-
-        def state_dict(self):
-            return {"array": np.zeros(2)}
-
-    reached = []
-    hooks = [Forgetful(), Call(lambda run: reached.append(run.step))]
-    trainer = run_small.make(
-        hooks=hooks, workdir=tmp_path, save_every=2, steps=6, estimator=None, optimizer=optax.sgd(0.1)
-    )
-    with pytest.raises(TypeError, match="not JSON serializable"):
-        trainer.fit()
-    assert reached == [1, 2]

@@ -285,8 +285,8 @@ def test_nested_batches_are_evaluated(kind):
     arrays = pair_of_images(11)
     elements = [map_arrays(lambda a, i=i: a[i], arrays) for i in range(11)]
     batches = list(eval_batches(arrays if kind == "arrays" else dataset(elements).batch(3), 4))
-    assert [int(batch["mask"].sum()) for batch in batches] == [4, 4, 3] and set(batches[0]["image"]) == {"left", "deep"}
-    right = np.concatenate([batch["image"]["deep"]["right"][batch["mask"]] for batch in batches])
+    assert [real.sum() for _, real in batches] == [4, 4, 3] and set(batches[0][0]["image"]) == {"left", "deep"}
+    right = np.concatenate([batch["image"]["deep"]["right"][real] for batch, real in batches])
     np.testing.assert_array_equal(right, arrays["image"]["deep"]["right"])
 
 
@@ -333,25 +333,22 @@ def test_every_example_is_evaluated_once(kind, n):
     data = arrays if pieces is None else singles(n).batch(pieces)
     batches = list(eval_batches(data, 8))
     assert len(batches) == -(-n // 8)
-    assert all(len(batch["x"]) == len(batch["mask"]) == 8 for batch in batches)
-    real = [{name: a[batch["mask"]] for name, a in batch.items()} for batch in batches]
-    assert np.array_equal(rows(real), arrays["x"])
-    assert np.array_equal(np.concatenate([batch["label"] for batch in real]), arrays["label"])
-    assert np.all(np.isin(rows(batches), arrays["x"]))  # padding is real data: finite, with valid labels
+    assert all(len(batch["x"]) == len(real) == 8 for batch, real in batches)
+    taken = [{name: a[real] for name, a in batch.items()} for batch, real in batches]
+    assert np.array_equal(rows(taken), arrays["x"])
+    assert np.array_equal(np.concatenate([batch["label"] for batch in taken]), arrays["label"])
+    # padding repeats the data: finite, with valid labels
+    assert np.all(np.isin(rows([batch for batch, _ in batches]), arrays["x"]))
 
 
-@pytest.mark.parametrize("mask", [np.array([1, 0, 1], bool), np.array([1, 0, 1]), np.array([[1, 1], [1, 0], [0, 0]])])
-def test_a_mask_of_the_data_is_kept(mask):
-    (batch,) = eval_batches({"x": np.arange(3), "mask": mask}, 4)
-    assert batch["mask"].shape == (4, *mask.shape[1:])
-    assert np.array_equal(batch["mask"][:3], mask)
-    assert not np.any(batch["mask"][3])
-
-
-def test_weights_of_the_data_are_kept():
-    (batch,) = eval_batches({"x": np.arange(3), "weights": np.array([1.0, 2.0, 3.0])}, 4)
-    assert np.array_equal(batch["weights"][:3], [1, 2, 3])
-    assert np.array_equal(batch["mask"], [True, True, True, False])
+@pytest.mark.parametrize("name", ["mask", "weights"])
+@pytest.mark.parametrize("values", [np.array([1, 0, 1], bool), np.array([[1, 2], [1, 0], [0, 3]]), np.ones((3, 2, 2))])
+def test_entries_of_the_data_keep_their_names_and_values(name, values):
+    """What is real is said beside a batch: `mask` may be what is to be predicted."""
+    ((batch, real),) = eval_batches({"x": np.arange(3), name: values}, 4)
+    assert set(batch) == {"x", name} and batch[name].dtype == values.dtype
+    assert np.array_equal(batch[name], np.concatenate([values, values[-1:]]))
+    assert np.array_equal(real, [True, True, True, False])
 
 
 def test_eval_errors():

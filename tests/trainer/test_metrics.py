@@ -214,7 +214,7 @@ def test_metrics_errors(values, error, message, monkeypatch):
 def test_measure_merge_and_reduce_agree():
     rng = np.random.default_rng(0)
     values, weights = rng.normal(size=(4, 8)).astype(np.float32), rng.random((4, 8)).astype(np.float32)
-    pieces = [measure({"v": v}, {"weights": w}) for v, w in zip(values, weights, strict=True)]
+    pieces = [measure({"v": v}, w) for v, w in zip(values, weights, strict=True)]
     merged = merge(None, pieces[0])
     for piece in pieces[1:]:
         merged = merge(merged, piece)
@@ -229,7 +229,7 @@ def test_a_value_of_weight_zero_may_be_anything():
 
 
 def test_measured_values_may_be_in_half_precision():
-    mean = measure({"v": jnp.full(16, 0.1, jnp.bfloat16)}, {"x": np.zeros(16)})["v"]
+    mean = measure({"v": jnp.full(16, 0.1, jnp.bfloat16)}, jnp.ones(16))["v"]
     assert mean.total.dtype == jnp.float32
 
 

@@ -63,7 +63,17 @@ class Classifier(Trainer):
         return model(batch["x"])
 
 
-OPTIONS = ("train_data", "eval_data", "optimizer", "curvature", "schedule", "hooks", "trainable", "model")
+OPTIONS = (
+    "train_data",
+    "eval_data",
+    "optimizer",
+    "curvature",
+    "schedule",
+    "hooks",
+    "eval_params",
+    "trainable",
+    "model",
+)
 
 
 def trainer(kind=Classifier, **options):

@@ -1,30 +1,57 @@
 """How a model calls its layers, learnt from abstract runs: where taps would miss something is found before they do."""
 
-from collections.abc import Callable
+import collections
+import dataclasses
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from curvtrain._outputs import floats
 from curvtrain.curvature.capture.coverage import Coverage, at
-from curvtrain.curvature.capture.taps import Record, record_calls
+from curvtrain.curvature.capture.taps import MARK, Record, record_calls
 from curvtrain.objective import Objective, batch_size
 
 PyTree = Any
 
 
-def examples_of_calls(
-    objective: Objective, params: PyTree, batch: Any, key: jax.Array | None, coverage: Coverage, who: str
-) -> Callable[[int], dict[str, int]]:
-    """A function n -> {layer name: examples in the layer's input} for pieces of n examples.
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """How a model calls its layers.
 
-    Raises ValueError where taps would miss something: a layer that is applied without the axis of examples, or whose
-    parameters are used without calling it.
+    Attributes:
+      layers: the names of all that are known.
+      mapped: of those that see one example at a time, because the model maps over them.
+      repeated: of those that are called several times for one example: by the model, in a loop, or mapped over
+        positions.
+      outputs: shapes of the model's outputs for the batch.
+    """
+
+    layers: tuple[str, ...]
+    mapped: frozenset[str]
+    repeated: frozenset[str]
+    outputs: PyTree
+
+    def examples(self, n: int) -> dict[str, int]:
+        """For a piece of n examples, how many each layer sees at once, by its name."""
+        return {name: 1 if name in self.mapped else n for name in self.layers}
+
+
+def calls_of(
+    objective: Objective, params: PyTree, batch: Any, key: jax.Array | None, coverage: Coverage, who: str
+) -> Calls:
+    """How the objective's model calls its layers for such a batch.
+
+    Raises ValueError where taps would miss something: a layer that is applied without the axis of examples, whose
+    parameters are used without calling it, or of whose output the model takes a derivative.
     """
     n = batch_size(batch)
-    once, twice = (_record(objective, params, _repeated(batch, times), key, coverage) for times in (1, 2))
+    runs = (_record(objective, params, _repeated(batch, times), key, coverage, who) for times in (1, 2))
+    (once, counts, shapes), (twice, _, _) = runs
     _check_uses(objective, params, batch, key, coverage, who)
-    mapped = set()
+    mapped, repeated = set(), set()
     for layer in coverage.known:
         kinds = set()
         for one, two in zip(once.calls.get(layer.path, []), twice.calls.get(layer.path, []), strict=True):
@@ -44,23 +71,85 @@ def examples_of_calls(
             raise ValueError(f"{who}: {layer.kind} {layer.name!r} is applied to a batch and, elsewhere, under vmap.")
         if kinds == {"mapped"}:
             mapped.add(layer.name)
-    return lambda n: {layer.name: 1 if layer.name in mapped else n for layer in coverage.known}
+        uses = sum(counts[seen.mark] / seen.size for seen in once.calls.get(layer.path, []))
+        if uses > math.prod(layer.scan_axes) * (n if kinds == {"mapped"} else 1):
+            repeated.add(layer.name)
+    names = tuple(layer.name for layer in coverage.known)
+    return Calls(names, frozenset(mapped), frozenset(repeated), shapes)
 
 
 def _repeated(batch: Any, times: int) -> Any:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((times * a.shape[0], *a.shape[1:]), a.dtype), batch)
 
 
-def _record(objective, params, batch, key, coverage) -> Record:
-    """The calls of every covered module in an abstract forward pass."""
-    records = []
+def _record(objective, params, batch, key, coverage, who) -> tuple[Record, collections.Counter, PyTree]:
+    """(the calls of every covered module in an abstract forward pass, `_executed` of its jaxpr, the outputs).
 
-    def outputs(params, batch):
-        prepare = lambda module: records.append(record_calls(module, coverage.by_module, maps=True))
-        return objective.predict(params, batch, key, prepare=prepare)
+    Raises ValueError if the model differentiates a layer.
+    """
+    records: list[Record] = []
 
-    jax.eval_shape(outputs, params, batch)
-    return records[0]
+    def run(maps: bool) -> tuple[Record, collections.Counter, PyTree]:
+        def outputs(params, batch):
+            prepare = lambda module: records.append(record_calls(module, coverage.by_module, maps=maps))
+            return objective.predict(params, batch, key, prepare=prepare)
+
+        jaxpr, shapes = jax.make_jaxpr(outputs, return_shape=True)(params, batch)
+        return records[-1], _executed(jaxpr.jaxpr), shapes
+
+    try:
+        record, counts, shapes = run(maps=True)
+    except Exception:
+        if not records or not _differentiated(records[0], coverage):
+            raise
+        # what notes vmap cannot be differentiated, and JAX says so in words of its own, at the first layer
+        record, counts, shapes = run(maps=False)
+    if names := _differentiated(record, coverage):
+        plain = [layer.name for layer in coverage.plain] + names
+        raise ValueError(
+            f"{who}: the model's outputs hold derivatives of {', '.join(names[:4])}, as in a physics-informed network, "
+            f"and there is no rule for the statistics of a layer that is differentiated. Use curvature.Lanczos with "
+            f"optim.fosi or curvature.PSGD with optim.psgd, which take any model; or the exact diagonal of these "
+            f"layers, {who}(plain={'|'.join(plain) if len(plain) < 5 else '.*'!r})."
+        )
+    return record, counts, shapes
+
+
+def _differentiated(record: Record, coverage: Coverage) -> list[str]:
+    """The names of layers of whose outputs a derivative is taken."""
+    calls = record.calls.items()
+    paths = [path for path, seen in calls if any(call.differentiated for call in seen)]
+    return [layer.name for path in paths for layer in coverage.by_module[path]]
+
+
+def _executed(jaxpr: Jaxpr) -> collections.Counter:
+    """By the mark of a call, the size of all that it computes: with the axes of vmap, in all rounds of loops."""
+    total: collections.Counter = collections.Counter()
+    for eqn in jaxpr.eqns:
+        name = eqn.params.get("name")
+        if isinstance(name, str) and name.startswith(MARK):
+            total[name] += max(math.prod(getattr(eqn.invars[0].aval, "shape", ())), 1)
+            continue
+        # The length of a while loop is not known: two rounds stand for several.
+        rounds = eqn.params["length"] if eqn.primitive.name == "scan" else 2 if eqn.primitive.name == "while" else 1
+        inner = [_executed(sub) for sub in _jaxprs(list(eqn.params.values()))]
+        found: collections.Counter = collections.Counter()
+        for counts in inner:
+            found = found | counts if eqn.primitive.name == "cond" else found + counts
+        for mark, size in found.items():
+            total[mark] += rounds * size
+    return total
+
+
+def _jaxprs(value: Any) -> Iterator[Jaxpr]:
+    """The jaxprs among the parameters of an equation."""
+    if isinstance(value, ClosedJaxpr):
+        yield value.jaxpr
+    elif isinstance(value, Jaxpr):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _jaxprs(item)
 
 
 def _check_uses(objective, params, batch, key, coverage, who) -> None:

@@ -2,7 +2,12 @@
 
 The forward pass is always the step's. Its backward pass serves the empirical Fisher, too: cotangents are then seeded
 with w_n d l / d z where the statistics want sqrt(w_n), which is the same for a mask; for one weight per example, taps
-correct it, exactly. Any other Fisher takes backward passes of its own, see `seeds.py`.
+correct it, exactly. Any other Fisher takes backward passes of its own, see `seeds.py`. What single examples' gradients
+are needed for is taken of those, see `singly.py`.
+
+Which rows enter a factor A under a mask over time: of a layer whose positions are time, those with weight; of any
+other, all rows of an example that has any; but of one that is called several times for an example, in a loop over time,
+those on which an unmasked output depends, which one more backward pass finds out.
 """
 
 import dataclasses
@@ -13,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from curvtrain._outputs import floats
-from curvtrain.curvature.capture.calls import examples_of_calls
-from curvtrain.curvature.capture.coverage import Coverage, at
-from curvtrain.curvature.capture.layers.gradients import FLOATS
-from curvtrain.curvature.capture.seeds import seeds_of
+from curvtrain.curvature.capture.calls import Calls, calls_of
+from curvtrain.curvature.capture.coverage import Coverage
+from curvtrain.curvature.capture.layers import Layer
+from curvtrain.curvature.capture.penalty import penalty_diagonal, with_penalty
+from curvtrain.curvature.capture.seeds import reach_of, seeds_of
+from curvtrain.curvature.capture.singly import sums_of_examples
 from curvtrain.curvature.capture.statistics import Statistic
 from curvtrain.curvature.capture.taps import Arrays, Tap, attach
-from curvtrain.losses import RESERVED, Loss, example_weights
 from curvtrain.objective import Objective, batch_size
 
 PyTree = Any
@@ -43,7 +48,7 @@ class LayerMeasure:
       fisher: one of `FISHERS`.
       given: for each layer's name, the arrays that `statistic.given` names, scan axes first.
       who: named in errors.
-      examples: for pieces of n examples, how many each layer sees at once.
+      calls: how the model calls its layers.
       couples: whether the model normalises over examples, so that one's cotangents carry the others' weights.
     """
 
@@ -54,7 +59,7 @@ class LayerMeasure:
     fisher: str
     given: Mapping[str, Arrays]
     who: str
-    examples: Callable[[int], dict[str, int]]
+    calls: Calls
     couples: bool
 
     @classmethod
@@ -75,32 +80,43 @@ class LayerMeasure:
 
         Raises:
           ValueError: a layer that is applied without the batch's axis of examples, so that its uses cannot be told
-            apart; or whose parameters are used without calling it, so that a use would be missed.
+            apart; or whose parameters are used without calling it, so that a use would be missed; a loss of one example
+            that depends on others; gradients of single examples that there are not, for a BatchNorm.
         """
-        examples = examples_of_calls(objective, params, batch, key, coverage, who)
-        couples = _normalises_over_examples(objective, params)
-        if coverage.plain and couples:
-            names = ", ".join(layer.name for layer in coverage.plain)
+        calls = calls_of(objective, params, batch, key, coverage, who)
+        if why := objective.coupling(params, batch, key, calls.outputs):
             raise ValueError(
-                f"{who}: the exact diagonal of {names} needs the gradient of one example at a time, and this model has "
-                f"a BatchNorm over the batch, which couples its examples."
+                f"{who} takes statistics of single examples, but {why}. Use Lanczos or PSGD, whose products are those "
+                f"of the loss of the whole batch."
             )
-        return cls(objective, params, coverage, statistic, fisher, given or {}, who, examples, couples)
+        couples = _normalises_over_examples(objective, params)
+        measure = cls(objective, params, coverage, statistic, fisher, given or {}, who, calls, couples)
+        alone = [*coverage.plain, *measure._singly]
+        if alone and couples:
+            names = ", ".join(layer.name for layer in alone)
+            raise ValueError(
+                f"{who}: {'the exact diagonal' if not measure._singly else 'what is measured'} of {names} needs the "
+                f"gradient of one example at a time, and this model has a BatchNorm over the batch, which couples its "
+                f"examples."
+            )
+        return measure
 
     def prepare(self, piece: Any) -> tuple[PyTree, Callable[[Any, PyTree], None]]:
         """(zeros for the statistics of every layer, a function that taps a module with them)."""
-        examples = self.examples(batch_size(piece))
+        examples = self.calls.examples(batch_size(piece))
         extra = self._arrays_of_weights(piece)
         zeros: dict[str, Arrays] = {}
         fixed: dict[str, dict[str, jax.Array]] = {}
         taps: dict[Any, tuple[Tap, ...]] = {}
-        for layer in self.coverage.known:
+        reaching = self._reaching(piece)
+        for layer in self._tapped:
             shapes = self.statistic.shapes(layer)
             make = lambda shape, layer=layer: jnp.zeros((*layer.scan_axes, *shape), self.coverage.dtype)
             zeros[layer.name] = {name: make(shape) for name, shape in shapes.items()}
             wide = {name: jnp.broadcast_to(w, (*layer.scan_axes, *w.shape)) for name, w in extra.items()}
             fixed[layer.name] = {**self.given.get(layer.name, {}), **wide}
-            tap = Tap(layer, examples[layer.name], self.statistic, tuple(shapes), tuple(fixed[layer.name]))
+            names = tuple(shapes), tuple(fixed[layer.name])
+            tap = Tap(layer, examples[layer.name], self.statistic, *names, layer in reaching)
             taps[layer.path] = (*taps.get(layer.path, ()), tap)
         arrays = lambda slots: {name: {**slots[name], **fixed[name]} for name in slots}
         return zeros, lambda module, slots: attach(module, taps, arrays(slots))
@@ -114,11 +130,47 @@ class LayerMeasure:
         if not self.rides(outputs, piece):
             seeds = seeds_of(loss, outputs, piece, key, self.fisher, self.who)
             sums = seeds.total(pull)
-            for layer in self.coverage.known:  # what depends on inputs alone was counted once for every backward pass
+            for layer in self._tapped:  # what depends on inputs alone was counted once for every backward pass
                 mine = sums[layer.name]
                 inputs = {name: mine[name] / seeds.count for name in _OF_INPUTS if name in mine}
                 sums = {**sums, layer.name: {**mine, **inputs}}
-        return {**sums, **self._plain_sums(piece, key)}
+        if reaching := self._reaching(piece):
+            reached = pull(reach_of(loss, outputs, piece))
+            for layer in reaching:
+                inputs = {name: reached[layer.name][name] for name in _OF_INPUTS if name in reached[layer.name]}
+                sums = {**sums, layer.name: {**sums[layer.name], **inputs}}
+        singly = self._sums_of_examples(piece, key)
+        sums = sums | {name: sums.get(name, {}) | mine for name, mine in singly.items()}
+        if self.objective.regulariser is None:
+            return sums
+        weight = jnp.sum(loss.weights(outputs, piece))
+        diagonal = self.coverage.matrices(penalty_diagonal(self.objective, self.params, key))
+        layers = self.coverage.layers
+        return {layer.name: with_penalty(layer, sums[layer.name], weight * diagonal[layer.name]) for layer in layers}
+
+    @property
+    def _singly(self) -> list[Layer]:
+        """The layers of which something is measured of single examples, as they are called several times in each."""
+        repeated = [layer for layer in self.coverage.known if layer.name in self.calls.repeated]
+        return [layer for layer in repeated if self.statistic.of_examples(layer)]
+
+    @property
+    def _tapped(self) -> list[Layer]:
+        """The layers of which something is measured in their calls."""
+        all_singly = lambda layer: set(self.statistic.of_examples(layer)) == set(self.statistic.shapes(layer))
+        singly = [layer for layer in self._singly if all_singly(layer)]
+        return [layer for layer in self.coverage.known if layer not in singly]
+
+    def _reaching(self, piece: Any) -> list[Layer]:
+        """The layers of which those rows count on which an unmasked output depends: see the module's docstring."""
+        weights = self._arrays_of_weights(piece).get("weights")
+        if weights is None or weights.ndim < 2:
+            return []
+        return [
+            layer
+            for layer in self._tapped
+            if layer.name in self.calls.repeated and not set(_OF_INPUTS).isdisjoint(self.statistic.shapes(layer))
+        ]
 
     def rides(self, outputs: Any, piece: Any) -> bool:
         """Whether the loss's own backward pass gives the statistics: see the module's docstring.
@@ -131,69 +183,55 @@ class LayerMeasure:
     def _may_ride(self, piece: Any) -> bool:
         if self.fisher != "empirical":
             return False
-        if type(self.objective.loss_of_outputs).weights is not Loss.weights:
+        loss = self.objective.loss_of_outputs
+        if not loss.weights_are_known:
             return False  # weights of the loss's own making are known only after the forward pass
-        examples = batch_size(piece)
-        simple = all(w.ndim == 1 for w in _float_weights(piece)) and not self.couples
-        each = set(self.examples(examples).values()) <= {examples}
-        return not _float_weights(piece) or (simple and each)
+        examples, scale = batch_size(piece), loss.known_weights(piece).scale
+        each = set(self.calls.examples(examples).values()) <= {examples}
+        return scale is None or (scale.ndim == 1 and not self.couples and each)
 
     def _arrays_of_weights(self, piece: Any) -> dict[str, jax.Array]:
         """`weights` for rows, and `correction` for cotangents, see `Backward`; where the batch has such entries."""
-        entries = [jnp.shape(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-        if not entries:
+        known = self.objective.loss_of_outputs.known_weights(piece)
+        if known.product is None:
             return {}
-        arrays = {"weights": example_weights(piece, max(entries, key=len), self.coverage.dtype)}
-        wide = _float_weights(piece)
-        if wide and self._may_ride(piece):
-            w = jnp.prod(jnp.stack([w.astype(self.coverage.dtype) for w in wide]), axis=0)
+        dtype = self.coverage.dtype
+        arrays = {"weights": known.product.astype(dtype)}
+        if known.scale is not None and self._may_ride(piece):
+            w = known.scale.astype(dtype)
             arrays["correction"] = jnp.where(w > 0, jax.lax.rsqrt(jnp.where(w > 0, w, 1.0)), 0.0)
         return arrays
 
-    def _plain_sums(self, piece: Any, key: jax.Array | None) -> Sums:
-        """Exact sums of squares for plain parameters, from each example's gradient of these parameters alone."""
-        layers = [layer for layer in self.coverage.plain if layer.size]
-        empty = {
-            layer.name: {"D2": jnp.zeros((1, 1, 0), self.coverage.dtype)}
-            for layer in self.coverage.plain
-            if not layer.size
-        }
-        if not layers:
-            return empty
-        objective = self.objective
-        # read exactly, then differentiated in the curvature's dtype: a derivative in bfloat16 would be rounded
-        of = lambda layer: layer.matrix(at(self.params, layer.path)).astype(self.coverage.dtype)
-        chosen = {layer.name: of(layer) for layer in layers}
+    def _sums_of_examples(self, piece: Any, key: jax.Array | None) -> Sums:
+        """What is measured of single examples: plain parameters, and layers that are called several times in each."""
+        layers = [layer for layer in self.coverage.plain if layer.size] + self._singly
+        empty = [layer for layer in self.coverage.plain if not layer.size]
+        sums: Sums = {layer.name: {"D2": jnp.zeros((1, 1, 0), self.coverage.dtype)} for layer in empty}
 
-        def with_chosen(chosen):
-            copy = jax.tree.map(lambda a: a, self.params)
-            for layer in layers:
-                at(copy, layer.path).update(layer.parameters(chosen[layer.name]))
-            return copy
+        def of(layers):
+            return sums_of_examples(
+                self.objective,
+                self.params,
+                layers,
+                self.statistic,
+                self.given,
+                piece,
+                key,
+                self.fisher,
+                self.who,
+                self.coverage.dtype,
+            )
 
-        def one(example, k):
-            example = jax.tree.map(lambda a: a[None], example)
-
-            def outputs_of(chosen):
-                outputs = objective.predict(with_chosen(chosen), example, k)
-                return floats(outputs), outputs
-
-            _, vjp, outputs = jax.vjp(outputs_of, chosen, has_aux=True)
-            seeds = seeds_of(objective.loss_of_outputs, outputs, example, k, self.fisher, self.who)
-            square = lambda s: jax.tree.map(lambda g: jnp.square(g), vjp(s)[0])
-            return seeds.total(square)
-
-        n = batch_size(piece)
-        keys = None if key is None else jax.random.split(key, n)
-        size = sum(layer.size for layer in layers)
-        each = jax.lax.map(lambda x: one(*x), (piece, keys), batch_size=max(1, min(n, FLOATS // size)))
-        return empty | {name: {"D2": jnp.sum(squares, axis=0)} for name, squares in each.items()}
-
-
-def _float_weights(piece: Any) -> list[jax.Array]:
-    """The entries of a batch that weight its examples other than by a mask."""
-    entries = [jnp.asarray(piece[name]) for name in RESERVED if isinstance(piece, Mapping) and name in piece]
-    return [entry for entry in entries if entry.dtype != jnp.bool_]
+        now_and_then = [layer for layer in layers if "due" in self.given.get(layer.name, {})]
+        always = [layer for layer in layers if layer not in now_and_then]
+        if always:
+            sums |= of(always)
+        if now_and_then:
+            due = jnp.any(jnp.stack([jnp.any(self.given[layer.name]["due"]) for layer in now_and_then]))
+            shapes = jax.eval_shape(lambda: of(now_and_then))
+            zeros = lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+            sums |= jax.lax.cond(due, lambda: of(now_and_then), zeros)
+        return sums
 
 
 def _normalises_over_examples(objective: Objective, params: PyTree) -> bool:

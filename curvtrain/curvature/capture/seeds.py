@@ -20,16 +20,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from curvtrain._keys import Purpose, fold
 from curvtrain._outputs import floats, with_floats
-from curvtrain.losses import Loss, SigmoidCrossEntropy, SoftmaxCrossEntropy, SquaredError, unmasked
+from curvtrain.losses import Loss, unmasked
 
 PyTree = Any
 Cotangents = list[jax.Array]
 
 FISHERS = ("exact", "ggn", "sampled", "empirical")
 _PASSES = 1024  # the most backward passes that an exact Fisher takes before it is refused
-_AT_ONCE = 16  # of them, mapped over at a time
-_NATURAL = (SoftmaxCrossEntropy, SigmoidCrossEntropy, SquaredError)  # losses whose GGN is known to be the Fisher
+AT_ONCE = 16  # of them, mapped over at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +63,9 @@ class Seeds:
 
         index = jnp.arange(self.count)
         many = lambda i: jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.vmap(one)(i))
-        if self.count <= _AT_ONCE:
+        if self.count <= AT_ONCE:
             return many(index)
-        chunk = next(c for c in range(_AT_ONCE, 0, -1) if self.count % c == 0)
+        chunk = next(c for c in range(AT_ONCE, 0, -1) if self.count % c == 0)
         shapes = jax.eval_shape(many, index[:chunk])
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
         add = lambda t, i: (jax.tree.map(jnp.add, t, many(i)), None)
@@ -83,7 +83,7 @@ def seeds_of(loss: Loss, outputs: PyTree, piece: Any, key: jax.Array | None, fis
     clean = unmasked(outputs, w)
     dtypes = [z.dtype for z in floats(outputs)]
     if fisher in ("exact", "ggn"):
-        columns = _columns(loss, clean, w, fisher, who)
+        columns = _columns(loss, clean, piece, w, fisher, who)
         seeds = Seeds(columns, w.shape[1:])
         if seeds.count > _PASSES:
             raise ValueError(
@@ -95,8 +95,8 @@ def seeds_of(loss: Loss, outputs: PyTree, piece: Any, key: jax.Array | None, fis
         if fisher == "sampled":
             piece = _drawn(loss, clean, piece, key, who)
 
-        def total(z):  # where, not a product: a masked example may hold anything, and 0 * inf is not 0
-            values = loss.values(with_floats(clean, z), piece)
+        def total(z):  # where, not a product, and twice: targets of masked examples may be anything, 0 * nan is nan
+            values = loss.values(unmasked(with_floats(clean, z), w), piece)
             return jnp.sum(jnp.where(w != 0, jnp.sqrt(w) * values, 0.0))
 
         seeds = Seeds([r[None] for r in jax.grad(total)(floats(clean))])
@@ -104,41 +104,61 @@ def seeds_of(loss: Loss, outputs: PyTree, piece: Any, key: jax.Array | None, fis
     return dataclasses.replace(seeds, columns=columns)
 
 
+def reach_of(loss: Loss, outputs: PyTree, piece: Any) -> Cotangents:
+    """Cotangents that are zero for masked outputs and generic elsewhere: what they leave at zero reaches no other."""
+    w = loss.weights(outputs, piece)
+
+    def of(i, z):
+        noise = jax.random.normal(jax.random.key(i), z.shape).astype(z.dtype)  # a fixed pattern: nothing is drawn
+        shape = next((w.shape[:k] for k in range(w.ndim, 0, -1) if z.shape[:k] == w.shape[:k]), None)
+        if shape is None:
+            return noise
+        seen = jnp.any(w.reshape(*shape, -1) != 0, axis=-1)
+        return jnp.where(seen.reshape(*shape, *(1,) * (z.ndim - len(shape))), noise, 0)
+
+    return [of(i, z) for i, z in enumerate(floats(outputs))]
+
+
 def _drawn(loss, clean, piece, key, who):
     """The piece with targets drawn from the model."""
     if key is None:
         raise ValueError(f"{who}(fisher='sampled') draws targets from the model and needs a key.")
     try:
-        return loss.sample_targets(clean, piece, jax.random.fold_in(key, 1))
+        return loss.sample_targets(clean, piece, fold(key, Purpose.TARGETS))
     except TypeError as error:
         raise TypeError(
             f"{who}(fisher='sampled') cannot draw targets: {type(loss).__name__}.sample_targets did not take "
-            f"{_described(clean)} ({error}) Use fisher='empirical', which takes any outputs."
+            f"{_described(clean)} ({error}) {_advice(loss, 'sampled')}"
         ) from error
 
 
-def _columns(loss, clean, w, fisher, who) -> Cotangents:
+def _columns(loss, clean, piece, w, fisher, who) -> Cotangents:
     """sqrt(w) S, with sum_c S[c] S[c]^T the loss's Hessian in output space."""
-    if fisher == "exact" and not isinstance(loss, _NATURAL):
+    if fisher == "exact" and not loss.hessian_is_fisher:
         raise TypeError(
             f"{who}(fisher='exact') knows the distribution of the losses of curvtrain.losses, not of "
-            f"{type(loss).__name__}, which has {_described(clean)}. Use fisher='ggn', 'sampled' with a loss that "
-            f"defines sample_targets, or 'empirical', which takes any outputs."
+            f"{type(loss).__name__}, which has {_described(clean)}. {_advice(loss)}"
         )
     try:
-        columns = floats(loss.hessian_columns(clean))
+        columns = floats(loss.columns_for(clean, piece))
     except TypeError as error:
         raise TypeError(
             f"{who}(fisher={fisher!r}) needs a factor of the loss's Hessian: {type(loss).__name__}.hessian_columns did "
-            f"not take {_described(clean)} ({error}) Use fisher='empirical', which takes any outputs."
+            f"not take {_described(clean)} ({error}) {_advice(loss, 'exact', 'ggn')}"
         ) from error
     if any(c.shape[1 : 1 + w.ndim] != w.shape for c in columns):
         raise TypeError(
             f"{who}(fisher={fisher!r}) needs outputs that begin with the shape {w.shape} of the loss's values, not "
-            f"{_described(clean)}. Use fisher='empirical', which takes any outputs."
+            f"{_described(clean)}. {_advice(loss, 'exact', 'ggn')}"
         )
     root = jnp.sqrt(w)
     return [root.reshape(1, *w.shape, *(1,) * (c.ndim - 1 - w.ndim)) * c for c in columns]
+
+
+def _advice(loss: Loss, *but: str) -> str:
+    """Names the kinds of Fisher that the loss allows, except those that were just found not to work."""
+    kinds = [kind for kind in loss.fishers if kind not in but]
+    return f"Use fisher={' or '.join(map(repr, kinds))}, which takes any outputs."
 
 
 def _described(outputs: PyTree) -> str:

@@ -3,8 +3,10 @@
 Symbols as in `layers`, and: w_n, the weight of example n: its cotangents s come multiplied by sqrt(w_n), so products of
 two are weighted.
 
-A layer that is called more than once for one example (a recurrent cell, a shared block) adds up its calls as if each
-were an example of its own, in every statistic: their cross terms are left out.
+A layer that is called more than once for one example (a recurrent cell, a shared block, a tied table) adds up its calls
+in D_n before any product is taken: such statistics, which `of_examples` names, are taken of the gradients of single
+examples, see `singly.py`. Kronecker factors are sums over rows, so every call counts as a position of its own
+("expand"); with "reduce" the positions of one call are averaged, and calls count as examples.
 """
 
 import abc
@@ -13,7 +15,7 @@ from typing import ClassVar
 
 import jax
 
-from curvtrain.curvature.capture.layers import Backward, Layer, Options
+from curvtrain.curvature.capture.layers import Backward, Gradients, Layer, Options
 
 Arrays = dict[str, jax.Array]
 Shapes = dict[str, tuple[int, ...]]
@@ -42,6 +44,14 @@ class Statistic(abc.ABC):
     @abc.abstractmethod
     def __call__(self, layer: Layer, backward: Backward) -> Arrays:
         """The statistics of one call of a layer."""
+
+    def of_examples(self, layer: Layer) -> tuple[str, ...]:
+        """Names of the statistics that are sums over examples of products of D_n with itself."""
+        return ()
+
+    def measure_examples(self, layer: Layer, gradients: Gradients, given: Arrays) -> Arrays:
+        """The statistics that `of_examples` names, from the gradients of examples, whatever the layer's calls."""
+        return {}
 
     def check(self, layer: Layer, who: str) -> None:
         """Raises TypeError if the layer's class lacks what the statistic needs."""
@@ -82,6 +92,12 @@ class KroneckerStatistic(Statistic):
     def __call__(self, layer, backward):
         return layer.block().measure(layer, backward, self.options)
 
+    def of_examples(self, layer):
+        return layer.block().of_examples(self.options)
+
+    def measure_examples(self, layer, gradients, given):
+        return layer.block().measure_examples(gradients, given, self.options)
+
 
 @dataclasses.dataclass(frozen=True)
 class DiagonalStatistic(Statistic):
@@ -94,6 +110,12 @@ class DiagonalStatistic(Statistic):
 
     def __call__(self, layer, backward):
         return {"D2": layer.squares(backward)}
+
+    def of_examples(self, layer):
+        return ("D2",)
+
+    def measure_examples(self, layer, gradients, given):
+        return {"D2": gradients.squares()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +133,12 @@ class UnitStatistic(Statistic):
     def __call__(self, layer, backward):
         return {"F": layer.units(backward)}
 
+    def of_examples(self, layer):
+        return ("F",)
+
+    def measure_examples(self, layer, gradients, given):
+        return {"F": gradients.units()}
+
 
 @dataclasses.dataclass(frozen=True)
 class FullStatistic(Statistic):
@@ -124,3 +152,9 @@ class FullStatistic(Statistic):
 
     def __call__(self, layer, backward):
         return {"F": layer.full(backward)}
+
+    def of_examples(self, layer):
+        return ("F",)
+
+    def measure_examples(self, layer, gradients, given):
+        return {"F": gradients.full()}

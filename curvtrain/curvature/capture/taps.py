@@ -4,7 +4,8 @@ A tapped layer owns *slots*: zero-valued variables with the shapes of its statis
 backward rule of its own, declares the statistics to be the cotangent of the slots. Differentiating with respect to the
 slots then returns the statistics of every layer in one backward pass, in the model's own structure, through any NNX
 transform: slots follow the layer's parameters through `nnx.scan`, `nnx.remat` and `nnx.vmap`, and a layer that is used
-twice adds up its uses. The class of a module is swapped for a subclass of it, which survives split and merge.
+twice adds up its uses, each by itself. The class of a module is swapped for a subclass of it, which survives split and
+merge.
 
 Two limits: a tap is not linear in the cotangent, and it rejects forward-mode differentiation, so only a copy of the
 model is ever tapped, and only where statistics are taken.
@@ -41,6 +42,7 @@ class Tap:
       statistic: what to compute.
       names: of the slots that receive statistics.
       given: of the slots that hold arrays which the statistic needs.
+      reach: see `Backward`.
     """
 
     layer: Layer
@@ -48,6 +50,7 @@ class Tap:
     statistic: Statistic
     names: tuple[str, ...]
     given: tuple[str, ...]
+    reach: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -61,7 +64,7 @@ def _observe_fwd(tap, use, y, saved, given, slots):
 
 def _observe_bwd(tap, use, residuals, s):
     saved, given, slots = residuals
-    sums = tap.statistic(tap.layer, Backward(use, tap.examples, saved, s, given))
+    sums = tap.statistic(tap.layer, Backward(use, tap.examples, saved, s, given, tap.reach))
     # Where the model is mapped over examples, jax.vmap adds up over them what depends on them: a mere count would not.
     one = jnp.any(s != 0) | True
     cotangent = lambda name, slot: jnp.where(one, sums[name], 0).astype(slot.dtype).reshape(slot.shape)
@@ -81,6 +84,7 @@ def _apply(module, use: str, y, x, options):
     return y
 
 
+MARK = "curvtrain_call_"
 _USES = {"__call__": "call", "attend": "attend"}  # methods that use a layer's parameters
 
 
@@ -140,10 +144,16 @@ class Seen:
     Attributes:
       shape: of the input.
       mapped: lengths of the axes over which `jax.vmap` mapped the input.
+      differentiated: whether the model takes a derivative of the output.
+      mark: name of the function that marks the call's output in a jaxpr; empty where nothing is to be marked.
+      size: of that output, without axes of `jax.vmap`.
     """
 
     shape: tuple[int, ...]
     mapped: list[int]
+    differentiated: bool = False
+    mark: str = ""
+    size: int = 0
 
 
 class Record:
@@ -155,7 +165,7 @@ class Record:
 
     def __init__(self, maps: bool):
         self.calls: dict[Path, list[Seen]] = {}
-        self.maps = maps
+        self.maps, self.marks = maps, 0
 
 
 @functools.cache
@@ -167,8 +177,12 @@ def _recording(cls: type) -> type:
             x = jnp.asarray(bound(method, args, kwargs)[0])
             seen = Seen(x.shape, [])
             record.calls.setdefault(path, []).append(seen)
-            y = method(_without_parameters(args[0], names), *args[1:], **kwargs)
-            return _probe(y, x, seen) if record.maps else y
+            y = _note_derivatives(method(_without_parameters(args[0], names), *args[1:], **kwargs), seen)
+            if not record.maps:
+                return y
+            record.marks += 1
+            seen.mark, seen.size = f"{MARK}{record.marks}", max(y.size, 1)
+            return _probe(y, x, seen)
 
         return recording
 
@@ -184,8 +198,23 @@ def _without_parameters(module: Any, names: tuple[str, ...]) -> Any:
     return ghost
 
 
+def _note_derivatives(y: PyTree, seen: Seen) -> PyTree:
+    """y, and a note if somebody differentiates it: JAX asks for the rule only then."""
+
+    @jax.custom_jvp
+    def note(y):
+        return y
+
+    @note.defjvp
+    def _(primals, tangents):
+        seen.differentiated = True
+        return primals[0], tangents[0]
+
+    return note(y)
+
+
 def _probe(y: jax.Array, x: jax.Array, seen: Seen) -> jax.Array:
-    """y, and a note of every vmap over x."""
+    """y, a note of every vmap over x, and a mark in the jaxpr."""
 
     @jax.custom_batching.custom_vmap
     def probe(y, x):
@@ -197,7 +226,11 @@ def _probe(y: jax.Array, x: jax.Array, seen: Seen) -> jax.Array:
             seen.mapped.append(size)
         return probe(y, x), batched[0]
 
-    return probe(y, x)
+    def marked(y, x):
+        return probe(y, x)
+
+    marked.__name__ = seen.mark
+    return jax.jit(marked)(y, x)
 
 
 def record_calls(module: nnx.Module, layers: Mapping[Path, tuple[Layer, ...]], maps: bool) -> Record:

@@ -1,7 +1,8 @@
 """Simpler Fisher blocks than K-FAC's: diagonal, diagonal Kronecker factors, one block per unit, one block per layer.
 
-All use exact per-example sums, never the square of a mean gradient. A layer that is used several times in one example
-counts every use as an example of its own. Symbols in `capture/layers`.
+All use exact per-example sums, never the square of a mean gradient; of a layer that is called several times in one
+example (a recurrent cell, a tied table), too, at the cost of a forward and a backward pass for it. Only Kronecker
+factors count every call as a position of its own. Symbols in `capture/layers`.
 """
 
 from curvtrain.curvature.fisher.base import LayerEstimator as LayerEstimator

@@ -27,11 +27,21 @@ Sums = Mapping[str, dict[str, jax.Array]]  # by layer, by statistic
 class LayerEstimator(CurvatureEstimator[C], Generic[C]):
     """An estimator of blocks of layers: a subclass says which statistic, and what its curvature keeps of it.
 
+    The Hessian of the objective's regulariser is in it as far as it is diagonal, and where blocks are kept as they are:
+    diagonals, units, whole layers, norm layers. A Kronecker product has no place for it; there damping stands for it.
+
+    A layer that is called several times for an example has the statistics of the example's gradient, in which its calls
+    add up; for Kronecker factors each call counts as a position of its own. A mask over time keeps positions of weight
+    zero out of a layer whose positions are time; out of one that is called in a loop over time, those on which no
+    unmasked output depends; any other layer has the rows of all examples with an unmasked position.
+
     The curvature of a subclass has the fields `coverage`, `weight`, `skipped`, and the averages that `means` names.
 
     Attributes:
       fisher: "exact" (= "ggn" for the losses of curvtrain.losses), "sampled" or "empirical".
-      ema: decay of the moving average over updates, debiased; 0 keeps the last batch alone.
+      ema: decay of the moving average over updates, debiased, in which a batch counts with the total weight of its
+        examples; 0 keeps the last batch alone, and 1 is the plain mean: after a pass over a data set, in batches of any
+        sizes, that over all of its examples.
       uncovered: "error", or "diagonal": parameters of unknown layers get an exact diagonal of per-example gradients.
       plain: regular expression; layers and parameters whose path it matches get that diagonal too.
       layers: for classes of modules, their layer, such as {MyLinear: curvature.DenseLayer}: what `register_layer` does
@@ -41,7 +51,7 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
       TypeError, ValueError: when built with a bad argument; in `init` for an objective without outputs, for
         parameters that belong to no known layer, and for a layer that lacks the statistic; in `update` for layers of
         which statistics would miss something: called without the axis of examples, or parameters used without calling
-        their layer.
+        their layer; and for a loss of one example that depends on others.
     """
 
     fisher: str = "sampled"
@@ -56,7 +66,7 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
 
     def __post_init__(self):
         _checks.one_of(f"{self.name}(fisher)", self.fisher, self.fishers)
-        _checks.number_in(f"{self.name}(ema)", self.ema, 0.0, 1.0, open_high=True)
+        _checks.number_in(f"{self.name}(ema)", self.ema, 0.0, 1.0)
         _checks.one_of(f"{self.name}(uncovered)", self.uncovered, UNCOVERED)
         layers = dict(self.layers)
         merged(layers, f"{self.name}(layers)")
@@ -117,7 +127,7 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
         )
 
     def absorb(self, curvature: C, measured, key) -> C:
-        """The curvature with one more batch in its debiased moving averages: the first counts in full.
+        """The curvature with one more batch in its debiased moving averages: sum_b ema^(B-b) W_b X_b over that of W_b.
 
         A batch whose statistics are not finite, or that is all masked (W = 0), says nothing.
         """
@@ -127,10 +137,11 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
         usable = functools.reduce(
             operator.and_, [_finite(m, f in self.second_moments) for f, m in means.items()], W > 0
         )
-        weight = self.ema * kept.weight + 1.0
-        moved = lambda old, new: (old + (new.reshape(old.shape) - old) / weight).astype(old.dtype)
+        weight = self.ema * kept.weight + W
+        share = W / safe(weight)
+        moved = lambda old, new: (old + share * (new.reshape(old.shape) - old)).astype(old.dtype)
         average = lambda old, new: jnp.where(usable, moved(old, new), old)
-        besides = self._besides(curvature, means, usable)
+        besides = self._besides(curvature, means, usable, W)
         averages = {
             field: jax.tree.map(average, getattr(kept, field), mean)
             for field, mean in means.items()
@@ -152,8 +163,8 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
         """For each layer's name, the arrays that the statistic needs."""
         return {}
 
-    def _besides(self, curvature: C, means: dict[str, PyTree], usable: jax.Array) -> dict[str, Any]:
-        """Fields of the curvature that an update changes in another way, and their values."""
+    def _besides(self, curvature: C, means: dict[str, PyTree], usable: jax.Array, W: jax.Array) -> dict[str, Any]:
+        """Fields of the curvature that an update changes in another way, and their values. W: of the batch."""
         return {}
 
 

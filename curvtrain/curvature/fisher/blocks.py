@@ -31,7 +31,7 @@ class Blocks(Curvature):
     Attributes:
       blocks: for each layer, F (K, d, d); moving averages.
       vectors, values: their eigenvectors (K, d, d) as columns, and eigenvalues (K, d), of the last refresh.
-      weight: what the moving averages have seen.
+      weight: what the moving averages have seen: the batches' weights times powers of the decay, added up.
       skipped: updates with statistics that were not finite, or of no example; nothing was absorbed.
       refreshes: so far.
       failures: blocks whose eigenvectors were not finite; the last ones were kept.

@@ -25,7 +25,8 @@ class Diagonal(Curvature):
 
     Attributes:
       values: like the parameters; float64 where one of them is, otherwise float32.
-      weight: (): what the moving average has seen, a sum of powers of the decay; 0 before the first update.
+      weight: (): what the moving average has seen: the batches' weights times powers of the decay, added up; 0 before
+        the first update.
       skipped: int32 (): updates with statistics that were not finite, or of no example; nothing was absorbed.
       coverage: which layer every parameter belongs to, where an estimator of layers maintains it.
     """

@@ -27,7 +27,7 @@ class DiagonalFactors(Curvature):
     Attributes:
       factors: for each matrix A (K, d_i) and G (K, d_o); for an embedding also the factors of its `attend`; for any
         other layer its diagonal D2 (K, ...).
-      weight: what the moving averages have seen.
+      weight: what the moving averages have seen: the batches' weights times powers of the decay, added up.
       skipped: updates with statistics that were not finite, or of no example; nothing was absorbed.
       coverage: which layer every parameter belongs to.
     """

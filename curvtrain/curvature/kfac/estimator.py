@@ -40,10 +40,11 @@ class KFAC(LayerEstimator[KroneckerFactors]):
       fisher: "exact" (= "ggn" for the losses of curvtrain.losses; one backward pass per output), "sampled" (one pass,
         targets drawn from the model), or "empirical" (the batch's targets: not the Fisher).
       weight_sharing: "expand" (every position counts as an example) or "reduce" (positions are averaged first), for
-        layers that are applied to several positions of one example.
+        layers that are applied to several positions of one example. Of a layer that is called several times, every
+        call adds positions; "reduce" averages those of one call.
       inverse: "cholesky" (damping split over the factors), "eigh" (exact for any damping), "ekfac" (eigh with second
         moments of the gradient in place of the products of eigenvalues).
-      ema: decay of the moving averages over updates, debiased; 0 keeps the last batch alone.
+      ema: as for `LayerEstimator`; EKFAC's second moments start anew in every basis, with the weight of one batch.
       damping: what `refresh` factorises for if it gets no hint.
       scale_every: updates between two of EKFAC's second moments.
       stale: alpha, e.g. 0.1: every factor has an interval of its own, and a refresh factorises only those that are due;
@@ -180,19 +181,21 @@ class KFAC(LayerEstimator[KroneckerFactors]):
             means["scales"] = owners.shared(jax.tree.map(lambda S: S / W, S), c.layout)
         return means
 
-    def _besides(self, curvature: KroneckerFactors, means, usable):
+    def _besides(self, curvature: KroneckerFactors, means, usable, W):
         c = curvature
         updates = {"updates": c.updates + 1}
         if self.inverse != "ekfac":
             return updates
         usable = usable & self._scales_due(c)
         pick = lambda new, old: jnp.where(usable, new, old)
-        scale_weight, scale_weights = self.ema * c.scale_weight + 1.0, c.stale.scale_weights
+        scale_weight, scale_weights = self.ema * c.scale_weight + W, c.stale.scale_weights
         own: Any = jax.tree.map(lambda _: scale_weight, c.scales)
         if scale_weights:
-            scale_weights = {shape: self.ema * w + 1.0 for shape, w in scale_weights.items()}
+            scale_weights = {shape: self.ema * w + W for shape, w in scale_weights.items()}
             own = owners.Blocks({shape: w[:, None, None] for shape, w in scale_weights.items()}, c.layout)
-        scales = jax.tree.map(lambda S, old, own: pick(old + (S - old) / own, old), means["scales"], c.scales, own)
+        scales = jax.tree.map(
+            lambda S, old, own: pick(old + (S - old) * (W / safe(own)), old), means["scales"], c.scales, own
+        )
         stale = dataclasses.replace(c.stale, scale_weights=jax.tree.map(pick, scale_weights, c.stale.scale_weights))
         return updates | {"scales": scales, "scale_weight": pick(scale_weight, c.scale_weight), "stale": stale}
 
@@ -215,9 +218,10 @@ class KFAC(LayerEstimator[KroneckerFactors]):
             values = {size: pair[0] for size, pair in eigen.items()}
             new = {"values": values, "vectors": {size: pair[1] for size, pair in eigen.items()}}
             if self.inverse == "ekfac":
-                scales, weights = _seeded(c, values, due)
+                weight = self._weight_of_a_batch(c)
+                scales, weights = _seeded(c, values, due, weight)
                 stale = dataclasses.replace(stale, scale_weights=weights)
-                new |= {"scales": scales, "scale_weight": jnp.ones((), c.weight.dtype)}
+                new |= {"scales": scales, "scale_weight": weight}
         if self.stale is not None:
             stale = stale.refreshed(c.factors, finite, self.stale)
         finite = {size: c.layout.of_size(size).take(ok) for size, ok in everywhere(finite).items()}
@@ -226,6 +230,12 @@ class KFAC(LayerEstimator[KroneckerFactors]):
         return dataclasses.replace(
             c, **new, stale=stale, bases=bases, damping=damping, refreshes=c.refreshes + 1, failures=failures
         )
+
+    def _weight_of_a_batch(self, c: KroneckerFactors) -> jax.Array:
+        """The weight W of the batches that were absorbed, in their average; 1 before the first."""
+        batches = jnp.maximum(c.updates - c.skipped, 1).astype(jnp.float32)
+        powers = batches if self.ema == 1 else (1 - self.ema**batches) / (1 - self.ema)
+        return jnp.where(c.weight > 0, c.weight / powers, 1.0).astype(c.weight.dtype)
 
     # -- where it lies -------------------------------------------------------------------------------------------------
 
@@ -282,10 +292,12 @@ class KFAC(LayerEstimator[KroneckerFactors]):
         return f"{self.inverse} {block.kind(layer)}", size * layer.copies
 
 
-def _seeded(c: KroneckerFactors, values: PyTree, due: PyTree) -> tuple[owners.Blocks, dict[str, jax.Array]]:
+def _seeded(
+    c: KroneckerFactors, values: PyTree, due: PyTree, weight: jax.Array
+) -> tuple[owners.Blocks, dict[str, jax.Array]]:
     """(S, `Staleness.scale_weights`) after a refresh: the second moments of another basis say nothing of this one.
 
-    Where a basis moved, S begins with the products of its eigenvalues.
+    Where a basis moved, S begins with the products of its eigenvalues, which count with `weight`.
     """
     seed = lambda alpha, gamma: alpha[:, :, None] * gamma[:, None, :]
     if due is None:
@@ -296,7 +308,7 @@ def _seeded(c: KroneckerFactors, values: PyTree, due: PyTree) -> tuple[owners.Bl
         moved[shape] = whose[a][rows_a] | whose[g][rows_g]
     pick = lambda alpha, gamma, S, moved: jnp.where(moved[:, None, None], seed(alpha, gamma), S)
     seeds = c.by_matrix(pick, (values,), c.scales, owners.Blocks(moved, c.layout))
-    weights = {shape: jnp.where(moved[shape], 1.0, w) for shape, w in c.stale.scale_weights.items()}
+    weights = {shape: jnp.where(moved[shape], weight, w) for shape, w in c.stale.scale_weights.items()}
     return owners.blocks(c.layout, seeds), weights
 
 

@@ -67,7 +67,7 @@ class KroneckerFactors(Curvature):
       factors: for each size D, all factors of about that size, (L, D, D); moving averages. Which slot is whose says
         `layout`; what is nobody's is zero.
       blocks: for each kind of block that is not factored (its `key`), the means of all its layers in order.
-      weight: what the moving averages have seen, sum of powers of the decay.
+      weight: what the moving averages have seen: the batches' weights times powers of the decay, added up.
       inverses: "cholesky": for each size, (L, D, D) damped inverses.
       vectors, values: "eigh" and "ekfac": eigenvectors (L, D, D) as columns and eigenvalues (L, D).
       bases: for each kind of block that is not factored, what a refresh made of it.

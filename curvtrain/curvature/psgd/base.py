@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain import _checks
+from curvtrain._keys import Purpose, fold
 from curvtrain.curvature import trees
 
 PyTree = Any
@@ -106,12 +107,13 @@ class Preconditioner(abc.ABC):
     """A family of P: frozen configuration. What it maintains is a pytree of arrays of one structure.
 
     Attributes:
-      damping: the observations are h + (damping + eps |h| + floor) noise, so that P is bounded where they vanish.
-      relative_damping: the floor, as a share of the mean |h| of a parameter or, if that is larger, of all parameters.
-        Directions in which observations are smaller than that are not amplified to the size of the others: what a
-        gradient has there (of a bias before a batch normalisation, of the sum of a softmax's inputs) is rounding. None:
-        1,000 roundings of the parameters' dtype in whitening, 1.2e-4 in float32, and 100 in fits to products; at most
-        1e-3. 0 turns it off, as does damping=0 where it is None.
+      damping: the observations are h + (damping + eps |h|) noise, so that P is bounded where they vanish.
+      relative_damping: the fit assumes more noise under the observations, of this size as a share of the mean |h| of
+        a parameter or, if that is larger, of a typical one, the median. So directions in which observations are smaller
+        are not amplified to the size of the others: what a gradient has there (of a bias before a batch normalisation,
+        of the sum of a softmax's inputs) is rounding. None: 1,000 roundings of the parameters' dtype in whitening,
+        1.2e-4 in float32, and 100 in fits to products; at most 1e-3. 0 turns it off, as does damping=0 where it is
+        None.
       initial_scale: P starts as this multiple of I; None chooses the multiple that fits the first observation.
       lipschitz_decay: beta; 0 uses the present bound l alone.
     """
@@ -183,24 +185,35 @@ class Preconditioner(abc.ABC):
             return self.relative_damping
         return min(_ROUNDINGS[whitens] * structure.rounding, _HIGHEST) if self.damping else 0.0
 
-    def damped(self, h: jax.Array, seed: jax.Array, floor: jax.Array) -> jax.Array:
-        """h + (damping + eps |h| + floor) noise, with random signs as the noise."""
-        if not (self.damping or self.relative_damping):
+    def damped(self, h: jax.Array, seed: jax.Array) -> jax.Array:
+        """h + (damping + eps |h|) noise, with random signs as the noise."""
+        if not self.damping:
             return h
-        size = self.damping + float(jnp.finfo(h.dtype).eps) * jnp.abs(h) + floor
-        return h + size * signs(seed, h.shape)
+        return h + (self.damping + float(jnp.finfo(h.dtype).eps) * jnp.abs(h)) * signs(seed, h.shape)
 
-    def noisy(self, structure: Structure, key: jax.Array, h: PyTree, whitens: bool) -> tuple[PyTree, list[jax.Array]]:
-        """(`damped` for every leaf, with seeds from a random key; the floor of each leaf)."""
+    def noisy(self, key: jax.Array, h: PyTree) -> PyTree:
+        """`damped` for every leaf, with seeds from a random key."""
         leaves, treedef = jax.tree.flatten(h)
-        seeds, share, whole = (
-            jax.random.bits(key, (len(leaves),), jnp.uint32),
-            self.share(structure, whitens),
-            mean_size(h),
-        )
-        floors = [share * jnp.maximum(jnp.sum(jnp.abs(a)) / max(a.size, 1), whole) for a in leaves]
-        noisy = [self.damped(a, seed, floor) for a, seed, floor in zip(leaves, seeds, floors, strict=True)]
-        return treedef.unflatten(noisy), floors
+        seeds = jax.random.bits(key, (len(leaves),), jnp.uint32)
+        return treedef.unflatten([self.damped(a, seed) for a, seed in zip(leaves, seeds, strict=True)])
+
+    def floors(self, structure: Structure, h: PyTree, whitens: bool) -> list[jax.Array]:
+        """For each leaf (*scan axes,), the size of the noise that the fit assumes under the observations."""
+        share, leaves = self.share(structure, whitens), structure.treedef.flatten_up_to(h)
+        own = [mean_size(a, lead) for a, lead in zip(leaves, structure.scan_axes, strict=True)]
+        typical = _upper_median(jnp.concatenate([size.ravel() for size in own]))
+        return [share * jnp.maximum(size, typical) for size in own]
+
+    def floored(self, structure: Structure, key: jax.Array, h: PyTree, whitens: bool) -> PyTree:
+        """`noisy` with noise of the floors too: for families that have no closed form of what it adds to T1."""
+        leaves, treedef = jax.tree.flatten(self.noisy(key, h))
+        if not self.share(structure, whitens):
+            return treedef.unflatten(leaves)
+        seeds = jax.random.bits(fold(key, Purpose.FLOOR), (len(leaves),), jnp.uint32)
+        floors = self.floors(structure, h, whitens)
+        wide = lambda floor, a: floor.reshape(1, *floor.shape, *(1,) * (a.ndim - 1 - floor.ndim))
+        more = [wide(floor, a) * signs(seed, a.shape) for a, seed, floor in zip(leaves, seeds, floors, strict=True)]
+        return treedef.unflatten([a + b for a, b in zip(leaves, more, strict=True)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,11 +272,18 @@ def step_length(rate: jax.Array, size: jax.Array) -> jax.Array:
     return jnp.minimum(rate, _LONGEST) / jnp.maximum(size, TINY)
 
 
-def mean_size(h: PyTree) -> jax.Array:
-    """The mean |h| over all leaves, except for those that are not finite."""
-    totals = [jnp.sum(jnp.abs(a)) for a in jax.tree.leaves(h)]
-    finite = [jnp.where(jnp.isfinite(total), total, 0.0) for total in totals]
-    return functools.reduce(operator.add, finite) / max(trees.size(h), 1)
+def mean_size(h: jax.Array, lead: int = 0) -> jax.Array:
+    """The mean |h| (*lead,) of observations (k, *lead, ...)."""
+    total = jnp.sum(jnp.abs(h), axis=(0, *range(1 + lead, h.ndim)))
+    return total / max(h.size // max(total.size, 1), 1)
+
+
+def _upper_median(sizes: jax.Array) -> jax.Array:
+    """The median, of two the larger, of those that are finite and not zero: no single one of them counts for much."""
+    used = jnp.isfinite(sizes) & (sizes > 0)
+    ordered = jnp.sort(jnp.where(used, sizes, jnp.inf))
+    middle = ordered[jnp.sum(used, dtype=jnp.int32) // 2] if sizes.size > 1 else ordered[0]
+    return jnp.where(jnp.isfinite(middle), middle, 0.0)
 
 
 def initial_scale(

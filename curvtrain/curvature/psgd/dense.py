@@ -58,7 +58,7 @@ class Dense(MatrixPreconditioner):
         }
 
     def fit(self, structure, state, v, h, key, rate):
-        noisy, _ = self.noisy(structure, key, h, v is None)
+        noisy = self.floored(structure, key, h, v is None)
         exact, h = (jax.vmap(structure.ravel)(tree) for tree in (h, noisy))
         v = None if v is None else jax.vmap(structure.ravel)(v)
         Q = state["Q"]

@@ -30,8 +30,8 @@ class Elementwise(Preconditioner):
         }
 
     def fit(self, structure, state, v, h, key, rate):
-        noisy, floors = self.noisy(structure, key, h, v is None)
-        hs, noisy = (structure.treedef.flatten_up_to(tree) for tree in (h, noisy))
+        hs, noisy = (structure.treedef.flatten_up_to(tree) for tree in (h, self.noisy(key, h)))
+        floors = self.floors(structure, h, v is None)
         vs = [None] * len(hs) if v is None else structure.treedef.flatten_up_to(v)
         state = {name: structure.treedef.flatten_up_to(tree) for name, tree in state.items()}
         found = {name: [] for name in state}
@@ -42,7 +42,8 @@ class Elementwise(Preconditioner):
             if self.initial_scale is None:
                 scale = initial_scale(v_, hs[i], (0, *(axis + 1 for axis in axes)), floors[i])
                 q = q * jnp.expand_dims(jnp.where(old["seen"], 1.0, jnp.sqrt(scale)), axes)
-            T1 = jnp.mean(jnp.square(jnp.square(q) * noisy[i]), axis=0)
+            P = jnp.square(q)
+            T1 = jnp.mean(jnp.square(P * noisy[i]), axis=0) + jnp.square(P * jnp.expand_dims(floors[i], axes))
             T2 = jnp.ones_like(q) if v_ is None else jnp.mean(jnp.square(v_), axis=0)
             q, L = step_diagonal("PRO", q, T1, T2, rate, old["L"], self.lipschitz_decay, axes)
             new = {"q": q, "L": L, "seen": jnp.ones_like(old["seen"])}

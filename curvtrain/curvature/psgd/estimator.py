@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
+from curvtrain._keys import Purpose, fold
 from curvtrain._text import table
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
@@ -28,7 +29,6 @@ Number = float | Callable[[jax.Array], jax.Array | float]
 
 RATE = Annealed(0.5, 0.1, 0.001, 0)  # measured: better than 0.1 and 0.5, on gradients of an MLP and on Rosenbrock
 FITS = ("hessian", "ggn", "gradient")
-_FIT = 2  # folded into a step's key, so that the fit's noise is not the model's
 
 
 @jax.tree_util.register_dataclass
@@ -187,12 +187,12 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
             mean = self._moved(c, self._gradient(objective, params, batch, key, grads))
 
         def fit(state):
-            noise = jax.random.fold_in(key, _FIT)
+            noise = fold(key, Purpose.FIT)
             if self.fit == "gradient":
                 observed = mean if self.momentum else self._gradient(objective, params, batch, key, grads)
                 v, h = None, jax.tree.map(lambda a: a[None].astype(c.structure.dtype), observed)
             else:
-                v = trees.normal(jax.random.fold_in(noise, 1), params, self.probes)
+                v = trees.normal(fold(key, Purpose.PROBES), params, self.probes)
                 h = jax.vmap(matvec(self.fit, objective, params, batch, key))(v)
             rate = jnp.asarray(self.rate(c.fits) if callable(self.rate) else self.rate, c.structure.dtype)
             return self.family.fit(c.structure, state, v, h, noise, rate)
@@ -203,7 +203,7 @@ class PSGD(CurvatureEstimator[FittedPreconditioner]):
         else:  # all that only a fit needs is computed inside of the branch
             probability = self.update_probability
             p = jnp.float32(probability(c.calls) if callable(probability) else probability)
-            chance = jax.random.fold_in(jax.random.fold_in(key, _FIT), 2)
+            chance = fold(key, Purpose.CHANCE)
             due = is_due(self.rule, p, c.calls, c.waited, chance)
             state, bad = jax.lax.cond(due, fit, lambda state: (state, jnp.int32(0)), c.state)
         return dataclasses.replace(

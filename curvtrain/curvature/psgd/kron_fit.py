@@ -24,7 +24,7 @@ from curvtrain.curvature.psgd.rows import Group, Rows
 from curvtrain.curvature.psgd.tensors import Factors, along, contract, masked, multiply, multiply_side
 
 PyTree = Any
-Damp = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Damp = Callable[[jax.Array, jax.Array], jax.Array]
 
 _SMALLEST = 1e-30  # of the largest entry of a factor that is balanced
 
@@ -37,8 +37,8 @@ class KronFit:
       geometry, order, lipschitz_decay: as in `Kron`.
       dtype: in which factors are stored.
       scales: whether the first observation of a tensor sets the scale of its factors.
-      damp: `(h, seed, floor) -> h` with noise.
-      share: the floor of that noise, as a share of the observations' size.
+      damp: `(h, seed) -> h` with noise.
+      floored: whether there is noise under the observations.
     """
 
     geometry: str
@@ -47,7 +47,7 @@ class KronFit:
     dtype: Any
     scales: bool
     damp: Damp
-    share: float
+    floored: bool
 
     def step(
         self,
@@ -56,7 +56,7 @@ class KronFit:
         V: Sequence[jax.Array] | None,
         H: Sequence[jax.Array],
         seeds: jax.Array,
-        whole: jax.Array,
+        floors: Sequence[jax.Array],
         rate: jax.Array,
         together: bool,
     ) -> tuple[list[PyTree], jax.Array]:
@@ -66,7 +66,7 @@ class KronFit:
           states: of each bucket: {"Q", "P", "L": {side: array}, "seen": (L,)}.
           V, H: for each bucket (k, L, *sides).
           seeds: uint32 (buckets,), of the noise.
-          whole: (), the mean |h| of all parameters.
+          floors: for each bucket (L,), the size of the noise under the observations of each tensor.
           together: as in `Rows`.
 
         Returns:
@@ -81,15 +81,17 @@ class KronFit:
         seen = jnp.concatenate([state["seen"] for state in states])
         largest = jnp.concatenate([jnp.max(jnp.abs(h), axis=_of_each(h)) for h in H])
         used = largest != 0
-        floors = [self._floor(bucket, h, whole) for bucket, h in zip(buckets, H, strict=True)]
-        first = used & ~seen
-        scale = self._scale(buckets, V, H, largest, first, jnp.concatenate(floors)) if self.scales else None
+        floor, first = jnp.concatenate(floors), used & ~seen
+        scale = self._scale(buckets, V, H, largest, first, floor) if self.scales else None
 
-        of = zip(buckets, H, seeds, floors, strict=True)
-        noisy = [masked(b, self.damp(h, seed, along(floor, h.ndim, 1))) for b, h, seed, floor in of]
+        noisy = [masked(b, self.damp(h, seed)) for b, h, seed in zip(buckets, H, seeds, strict=True)]
         old = [group.gather(Q) for group in rows.groups]
         start = old if scale is None else self._scaled(rows, old, scale)
         T = self._conditions(rows, start, P, V, noisy, scale)
+        if self.floored:
+            seen_by_P = floor if scale is None or self.geometry == "EQ" else floor * scale  # P has not been scaled yet
+            more = self._floored(rows, start, P, seen_by_P)
+            T = [(T1 + own, T2) for (T1, T2), own in zip(T, more, strict=True)]
         bounds = rows.of_groups([group.gather(L) for group in rows.groups])
         new, bounds_of_new = [], []
         for group, q, (T1, T2), bound in zip(rows.groups, start, T, rows.per_group(bounds), strict=True):
@@ -115,11 +117,6 @@ class KronFit:
             for index, flags in enumerate(jnp.split(seen | accepted, counts))
         ]
         return found, jnp.sum(used & ~accepted, dtype=jnp.int32)
-
-    def _floor(self, bucket: Bucket, h: jax.Array, whole: jax.Array) -> jax.Array:
-        """(L,), the floor of the noise of each tensor."""
-        own = jnp.sum(jnp.abs(h), axis=_of_each(h)) / (len(h) * bucket.entries)
-        return self.share * jnp.maximum(own, whole)
 
     def _scale(self, buckets, V, H, largest: jax.Array, first: jax.Array, floors: jax.Array) -> jax.Array:
         """(tensors,), the `initial_scale` of P of the tensors whose first observation this is; 1 for the others."""
@@ -175,6 +172,31 @@ class KronFit:
         )
         return list(zip(T1, T2, strict=True))
 
+    def _floored(self, rows: Rows, Q, P, floor: jax.Array) -> list[jax.Array]:
+        """What noise of size `floor` (tensors,) adds to T1, in expectation: of each group's rows.
+
+        Of samples P would learn, by chance, to mix directions in which there is nothing else with all others.
+        """
+        factors = Q if self.geometry == "EQ" else [group.gather(P) for group in rows.groups]
+        others = rows.others(rows.over_rows(jnp.sum, rows.of_groups(self._norms(rows, factors)), 0.0))
+        roots = rows.per_group(rows.of_tensors(floor) * rows.of_units(jnp.sqrt(others)))
+        found = []
+        for group, q, x, root in zip(rows.groups, Q, factors, roots, strict=True):
+            x = _wide(root, x) * x  # P_i, or in EQ Q_i, and what is left of the other factors
+            if self.geometry == "QEP":
+                x = q @ x if group.dense else q * x
+            found.append(_whole(rows.mask(group), square(_t(x))) if group.dense else jnp.square(x))
+        return found
+
+    def _norms(self, rows: Rows, factors: list[jax.Array]) -> list[jax.Array]:
+        """The squared Frobenius norms of rows, without padding."""
+        norms = []
+        for group, x in zip(rows.groups, factors, strict=True):
+            mask = rows.mask(group)
+            inside = x if mask is None else x * mask[..., :, None]
+            norms.append(jnp.sum(jnp.square(inside), axis=_own(group, x)))
+        return norms
+
     def _contracted(
         self, rows: Rows, X: Sequence[jax.Array], turns: Sequence[Factors] | None = None
     ) -> list[jax.Array]:
@@ -195,11 +217,7 @@ class KronFit:
 
     def _outer(self, rows: Rows, inverses: list[jax.Array]) -> list[jax.Array]:
         """T2 of EQ's whitening."""
-        norms, found = [], []
-        for group, x in zip(rows.groups, inverses, strict=True):
-            mask = rows.mask(group)
-            inside = x if mask is None else x * mask[..., :, None]
-            norms.append(jnp.sum(jnp.square(inside), axis=_own(group, x)))
+        norms, found = self._norms(rows, inverses), []
         others = rows.of_units(rows.others(rows.over_rows(jnp.sum, rows.of_groups(norms), 0.0)))
         for group, x, factor in zip(rows.groups, inverses, rows.per_group(others), strict=True):
             outer = _whole(rows.mask(group), square(x)) if group.dense else jnp.square(x)

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from curvtrain import _checks
 from curvtrain.curvature import stacks
-from curvtrain.curvature.psgd.base import MatrixPreconditioner, Structure, check_order, mean_size
+from curvtrain.curvature.psgd.base import MatrixPreconditioner, Structure, check_order
 from curvtrain.curvature.psgd.geometry import GEOMETRIES
 from curvtrain.curvature.psgd.kron_fit import KronFit
 from curvtrain.curvature.psgd.layout import Bucket, Member, Side
@@ -116,11 +116,12 @@ class Kronecker(MatrixPreconditioner):
             self.dtype or structure.dtype,
             self.initial_scale is None,
             self.damped,
-            self.share(structure, v is None),
+            self.share(structure, v is None) > 0,
         ).step
         hs = structure.treedef.flatten_up_to(h)
         vs = None if v is None else structure.treedef.flatten_up_to(v)
-        seeds, whole = jax.random.bits(key, (len(buckets),), jnp.uint32), mean_size(h)
+        seeds, sizes = jax.random.bits(key, (len(buckets),), jnp.uint32), self.floors(structure, h, v is None)
+        floors = [jnp.concatenate([sizes[m.leaf].ravel() for m in bucket.members]) for bucket in buckets]
         together = on_one_device()
         parts = [slice(None)] if together else [slice(i, i + 1) for i in range(len(buckets))]
         new, failures = {}, jnp.int32(0)
@@ -130,7 +131,7 @@ class Kronecker(MatrixPreconditioner):
                 H = [bucket.read(structure, hs) for bucket in some]
                 V = None if vs is None else [bucket.read(structure, vs) for bucket in some]
                 states = [state[bucket.name] for bucket in some]
-                found, failed = step(some, states, V, H, seeds[part], whole, rate, together)
+                found, failed = step(some, states, V, H, seeds[part], floors[part], rate, together)
                 new |= {bucket.name: one for bucket, one in zip(some, found, strict=True)}
                 failures += failed
         return new, failures

@@ -111,7 +111,7 @@ class LowRank(MatrixPreconditioner):
             new["d"] = trees.scale(scale, state["d"])
         whitens = v is None
         v = trees.normal(keys[0], h) if v is None else v
-        h, _ = self.noisy(structure, keys[1], h, whitens)
+        h = self.floored(structure, keys[1], h, whitens)
         with jax.default_matmul_precision(self.precision):
             if self.rank:
                 new["U"], new["V"] = self._balanced(keys[2], state["U"], state["V"])

@@ -26,6 +26,7 @@ from curvtrain.curvature.psgd.base import (
     check_order,
     choose,
     initial_scale,
+    mean_size,
     running_bound,
     step_length,
 )
@@ -72,9 +73,8 @@ class XMat(Preconditioner):
 
     def fit(self, structure, state, v, h, key, rate):
         hs = self._probes(structure, h)
-        noisy, floors = self.noisy(structure, key, h, v is None)
-        noisy = self._probes(structure, noisy)
-        floors = [0.0] if self.pairing == "flat" else floors
+        noisy = self._probes(structure, self.noisy(key, h))
+        floors = self._floors(structure, h, v is None)
         vs = [None] * len(hs) if v is None else self._probes(structure, v)
         state = {name: jax.tree.leaves(tree) for name, tree in state.items()}
         found = {name: [] for name in state}
@@ -89,7 +89,7 @@ class XMat(Preconditioner):
         return {name: self._tree(structure, leaves) for name, leaves in found.items()}, failures
 
     def _step(self, old: dict[str, jax.Array], v, h, exact, floor, lead: int, rate) -> dict[str, jax.Array]:
-        """One array: a, b (*lead, ...), L (*lead), v, h (k, *lead, ...); `exact` is h without noise of that floor."""
+        """One array: a, b (*lead, ...), L (*lead), v and h (k, *lead, ...); `exact` is h without noise."""
         a, b = old["a"], old["b"]
         axes = tuple(range(lead, a.ndim))
         flip = lambda x: jnp.flip(x, axis=tuple(range(x.ndim - len(axes), x.ndim)))
@@ -103,6 +103,9 @@ class XMat(Preconditioner):
 
         p = a * h + b * flip(h)
         p2, pp = mean(jnp.square(p)), mean(p * flip(p))
+        floor = floor.reshape(largest(a).shape)
+        fa, fb = floor * a, floor * b
+        p2, pp = p2 + jnp.square(fa) + jnp.square(fb), pp + fa * flip(fb) + fb * flip(fa)
         if v is None:  # v integrated out: E[q q^T] = Q^-T Q^-1
             q2 = (jnp.square(a_) + jnp.square(b_)) / jnp.square(D)
             qq = -(a_ * b + a * b_) / jnp.square(D)
@@ -163,6 +166,11 @@ class XMat(Preconditioner):
         if self.pairing == "flat":
             return [jax.vmap(structure.ravel)(vectors)]
         return structure.treedef.flatten_up_to(vectors)
+
+    def _floors(self, structure: Structure, h: PyTree, whitens: bool) -> list[jax.Array]:
+        if self.pairing == "leaf":
+            return self.floors(structure, h, whitens)
+        return [self.share(structure, whitens) * mean_size(jax.vmap(structure.ravel)(h))]
 
     def _leads(self, structure: Structure) -> tuple[int, ...]:
         return (0,) if self.pairing == "flat" else structure.scan_axes

@@ -7,7 +7,7 @@ run resumes exactly, on any number of processes: every process takes its rows of
 import abc
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import grain
@@ -15,7 +15,7 @@ import numpy as np
 
 from curvtrain.objective import batch_size as size_of
 from curvtrain.trainer.data.fingerprint import checksum, rows_checksum
-from curvtrain.trainer.data.nested import Batch, check_arrays, map_arrays
+from curvtrain.trainer.data.nested import Batch, check_alike, check_arrays, map_arrays
 from curvtrain.trainer.mesh import distributed
 
 READ = grain.ReadOptions(num_threads=8, prefetch_buffer_size=16)  # in whole batches: grain's own 500 fill the memory
@@ -33,7 +33,13 @@ class Batches(Protocol):
 
 
 class TrainData(abc.ABC):
-    """Endless training batches, this process's rows of each."""
+    """Endless training batches, this process's rows of each.
+
+    Attributes:
+      check: called with every batch that was not part of the sample; raises if the run cannot take it.
+    """
+
+    check: Callable[[Batch], None] | None = None
 
     @abc.abstractmethod
     def iterator(self, stream: int = TRAIN, multiple: int = 1) -> Batches:
@@ -45,7 +51,7 @@ class TrainData(abc.ABC):
 
     @abc.abstractmethod
     def sample(self) -> Batch:
-        """The examples that the loss checks once, on the host: all arrays, or the first batch of a dataset."""
+        """The examples that the loss checks before the run: all arrays, or the first batch of a dataset."""
 
     @abc.abstractmethod
     def description(self) -> dict[str, Any]:
@@ -122,7 +128,7 @@ class GrainData(TrainData):
         self._checksum = f"{sum(sums.values()) % 2**32:08x}"
 
     def iterator(self, stream=TRAIN, multiple=1):
-        dataset = grain_batches("train_data", self.dataset)
+        dataset = grain_batches("train_data", self.dataset).map(self._checked)  # in grain's threads, if it has some
         return _Endless(iter(dataset if multiple == 1 else dataset.batch(multiple, drop_remainder=True).map(_flatten)))
 
     def first(self):
@@ -137,6 +143,12 @@ class GrainData(TrainData):
             "batch_size": self.batch_size,
             "checksum": self._checksum,  # the global batch's, whichever process holds which rows
         }
+
+    def _checked(self, batch: Batch) -> Batch:
+        check_alike("train_data", batch, self._first, length=True)
+        if self.check is not None:
+            self.check(batch)
+        return batch
 
 
 def make_train_data(data: Any, batch_size: int, seed: int, shard: int = 0, shards: int = 1) -> TrainData:

@@ -20,21 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
-from etils import epath  # orbax's paths
 
 from curvtrain.trainer.config import TrainerConfig
-from curvtrain.trainer.disk.reading import (
-    DAMAGE,
-    META,
-    STATE,
-    CheckpointError,
-    Mismatch,
-    compare,
-    read_meta,
-    short,
-    steps_in,
-)
+from curvtrain.trainer.disk.reading import DAMAGE, META, STATE, CheckpointError, read_meta, short, steps_in
+from curvtrain.trainer.disk.restoring import restore_newest
 from curvtrain.trainer.disk.retention import Retention
 from curvtrain.trainer.disk.saving import ELSEWHERE, REMOVED, UNFINISHED, Save
 from curvtrain.trainer.mesh import distributed
@@ -93,12 +82,11 @@ class Checkpoints:
         self._wait()
         if step in self._steps:
             return True
-        # Not in the background: a hook may change the dicts that it handed out, and values that are not JSON raise.
-        meta = json.loads(json.dumps({**meta, "scores": scores or {}}))
+        meta = _plain({**meta, "scores": scores or {}})
         self._retention.rank(step, meta["scores"])
         self._failure = None
         try:
-            distributed.from_first(lambda: self._make_room(step))
+            distributed.from_first(lambda: self._make_room(self._unfinished(step)))
         except OSError as error:
             self._failed(step, short(error))
             return False
@@ -122,34 +110,37 @@ class Checkpoints:
           Mismatch: the checkpoint belongs to another run. This never falls back, and deletes nothing.
           CheckpointError: none can be read.
         """
-        damaged = {}
-        for step in reversed(self.steps):
-            state = meta = mismatch = damage = None
-            try:
-                meta = read_meta(self.folder / str(step))
-                arrays, handler = epath.Path(self.folder / str(step) / STATE), ocp.StandardCheckpointHandler()
-                compare(self.folder, step, expected, meta["run"], handler.metadata(arrays).tree, target)
-                state = handler.restore(arrays, args=ocp.args.StandardRestore(target))
-            except Mismatch as error:
-                mismatch = str(error)
-            except DAMAGE as error:
-                damage = short(error)
-            if (mismatch := distributed.first_problem(mismatch)) is not None:
-                raise Mismatch(mismatch)
-            if (damage := distributed.first_problem(damage)) is not None:
-                damaged[step] = damage
-                continue
-            for broken, reason in damaged.items():
-                message = f"Checkpoint {broken} in {self.folder} is damaged; going on from checkpoint {step}."
-                warnings.warn(f"{message} ({reason})", RuntimeWarning, stacklevel=5)
-                distributed.from_first(functools.partial(self._set_aside, broken))
-                self._steps.remove(broken)
-            assert meta is not None
-            return state, meta
-        raise CheckpointError(
-            f"None of the checkpoints in {self.folder} can be read: {damaged}. Choose another workdir, or move "
-            f"these folders away to start anew."
-        )
+        found = restore_newest(self.folder, self.steps, target, expected)
+        for broken, reason in found.damaged.items():
+            message = f"Checkpoint {broken} in {self.folder} is damaged; going on from checkpoint {found.step}."
+            warnings.warn(f"{message} ({reason})", RuntimeWarning, stacklevel=5)
+            distributed.from_first(functools.partial(self._set_aside, broken))
+            self._steps.remove(broken)
+        return found.state, found.meta
+
+    def try_out(self, state: PyTree, meta: dict[str, Any]) -> None:
+        """Saves under another name, waits, and removes it: what keeps a run from being saved is found as it begins.
+
+        Raises:
+          CheckpointError: it cannot be saved; the message says why. On all processes.
+        """
+        self._wait()
+        meta, unfinished = _plain(meta), self.folder / f"first{UNFINISHED}"
+        problem = None
+        try:
+            distributed.from_first(lambda: self._make_room(unfinished))
+        except OSError as error:
+            problem = short(error)
+        if problem is None:
+            save = Save(unfinished, 0, state, meta, [], [], trial=True)
+            save.begin()
+            save.join()
+            problem = distributed.first_problem(save.problem)
+        if problem is not None:
+            raise CheckpointError(
+                f"TrainerConfig(workdir={str(self.folder)!r}): a first save, tried before training begins, failed: "
+                f"{problem} Make room there, or choose another workdir."
+            )
 
     def _unfinished(self, step: int) -> Path:
         return self.folder / f"{step}{UNFINISHED}"
@@ -195,14 +186,19 @@ class Checkpoints:
         for leftover in (*self.folder.glob(f"*{UNFINISHED}*"), *self.folder.glob(f"{REMOVED}*")):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _make_room(self, step: int) -> None:
+    def _make_room(self, unfinished: Path) -> None:
         """Makes the folders into which all processes write."""
         self._clear_leftovers()
         for item in (STATE, META):
-            (self._unfinished(step) / item).mkdir(parents=True)
+            (unfinished / item).mkdir(parents=True)
 
     def _set_aside(self, step: int) -> None:
         """Renames a damaged checkpoint, so that its step can be saved again; nothing is deleted."""
         aside = self.folder / f"damaged-{step}"
         shutil.rmtree(aside, ignore_errors=True)  # left by an earlier run
         (self.folder / str(step)).rename(aside)
+
+
+def _plain(meta: dict[str, Any]) -> dict[str, Any]:
+    """A copy: a hook may change the dicts that it handed out. Raises TypeError for values that are not JSON."""
+    return json.loads(json.dumps(meta))

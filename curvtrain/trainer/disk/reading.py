@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,31 @@ def compare(
         raise Mismatch(_differ(folder, step, differences))
 
 
+def by_name(tree: PyTree) -> dict[str, Any]:
+    """The leaves of a tree by their paths, as errors call them: "opt_state/0/mu/fc1/kernel"."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def is_constant(name: str) -> bool:
+    """Says whether a leaf is an injected option of the optimizer: the new program's counts, whatever its type."""
+    return name.startswith("opt_state/") and "hyperparams" in name.split("/")
+
+
+def lone_counters(names: Collection[str], others: Collection[str]) -> set[str]:
+    """The counters of schedules that are among one state's names and not among another's.
+
+    A schedule in place of a constant adds a counter to the optimizer's state, and a constant in place of a schedule
+    removes one: a leaf "count" that is all that its part of the state has, where the other state's part has nothing.
+    """
+    found = set()
+    for name in set(names) - set(others):
+        part = name.rpartition("/")[0] + "/"
+        lone = name == f"{part}count" and name.startswith("opt_state/")
+        if lone and not any(n.startswith(part) for n in [*(set(names) - {name}), *others]):
+            found.add(name)
+    return found
+
+
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """A nested dict of plain values with names joined by dots."""
     if not isinstance(tree, dict):
@@ -148,14 +174,16 @@ def _differ(folder: Path, step: int, differences: list[str]) -> str:
 def _spec_differences(saved: PyTree, wanted: PyTree) -> list[str]:
     """Describes the leaves whose presence, shape or dtype differ. Orbax would cast a dtype silently."""
     plain = lambda v: jax.eval_shape(jax.random.key_data, v) if jnp.issubdtype(v.dtype, jax.dtypes.prng_key) else v
-    flat = lambda tree: {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     signature = lambda v: f"{jnp.dtype(v.dtype).name}{list(v.shape)}"
-    have = {name: signature(v) for name, v in flat(saved).items() if hasattr(v, "shape")}
-    want = {name: signature(plain(v)) for name, v in flat(wanted).items()}
+    have = {name: signature(v) for name, v in by_name(saved).items() if hasattr(v, "shape")}
+    want = {name: signature(plain(v)) for name, v in by_name(wanted).items()}
+    counters = lone_counters(have, want) | lone_counters(want, have)
+    passed_over = {name for name in counters if "int32[]" in (have.get(name), want.get(name))}
+    passed_over |= {name for name in have.keys() & want.keys() if is_constant(name)}
     return [
         f"{name}: {have.get(name, 'absent')} in the checkpoint, {want.get(name, 'absent')} now"
         for name in sorted(have.keys() | want.keys(), key=lambda name: (not name.startswith("params/"), name))
-        if have.get(name) != want.get(name)
+        if have.get(name) != want.get(name) and name not in passed_over
     ]
 
 

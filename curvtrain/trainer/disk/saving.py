@@ -33,18 +33,26 @@ class Save(threading.Thread):
     Attributes:
       step: the step that is saved.
       keep: the steps whose checkpoints stay once this one is there.
+      trial: whether it is to be written only, and then removed.
       problem: afterwards, why this process did not write its part, or None; on process 0, why there is no checkpoint.
     """
 
     def __init__(
-        self, unfinished: Path, step: int, state: PyTree, meta: dict[str, Any], steps: list[int], keep: list[int]
+        self,
+        unfinished: Path,
+        step: int,
+        state: PyTree,
+        meta: dict[str, Any],
+        steps: list[int],
+        keep: list[int],
+        trial: bool = False,
     ):
         super().__init__(name=f"save of step {step}")
         self.step = step
         self.problem: str | None = None
         self.keep = keep
         self._replaced = [other for other in steps if other not in self.keep]
-        self._unfinished, self._state, self._meta = unfinished, state, meta
+        self._unfinished, self._state, self._meta, self._trial = unfinished, state, meta, trial
         self._key = f"curvtrain/save/{next(_saves)}"
         self._all_have_written = ocp.multihost.get_barrier_sync_fn()
         self._is_copied = threading.Event()
@@ -97,6 +105,9 @@ class Save(threading.Thread):
         for mark in marks:
             mark.unlink()
         ocp.StandardCheckpointHandler().finalize(epath.Path(self._unfinished / STATE))
+        if self._trial:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+            return
         (self._unfinished / "_CHECKPOINT_METADATA").write_text(json.dumps(for_orbax()))
         folder = self._unfinished.parent
         self._unfinished.rename(folder / str(self.step))

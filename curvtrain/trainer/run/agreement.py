@@ -18,7 +18,7 @@ def check_same_run(plan: Plan, eval_data: Any, description: dict[str, Any]) -> N
         return
     data = None
     if eval_data is not None:
-        data = checksum(next(eval_batches(eval_data, plan.eval_batch_size)))
+        data = checksum(next(eval_batches(eval_data, plan.eval_batch_size))[0])
     kinds = map(str, map(plan.programs.kind, range(min(plan.config.steps, HORIZON))))
     options = {f"TrainerConfig({name})": repr(value) for name, value in vars(plan.config).items()}
     del options["TrainerConfig(progress)"]

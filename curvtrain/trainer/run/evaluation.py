@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from curvtrain.trainer.data import eval_batches
 from curvtrain.trainer.run.plan import Plan
@@ -16,19 +17,32 @@ def evaluate(
 ) -> dict[str, float] | None:
     """The metrics of a state by name.
 
+    A model that draws random numbers when it is evaluated has other ones for every batch, and the same in every
+    evaluation. They depend on the size of the batches, as a batch is drawn for as a whole.
+
     Args:
       plan: of the run.
-      state: its averaged parameters are evaluated if it has them, else its parameters.
+      state: what `TrainState.evaluated` and `Trainer(eval_params)` choose of it is evaluated.
       data: a dict of arrays or a finite grain dataset.
       interrupted: is asked before every batch; if it says yes, evaluation ends and the result is None.
     """
-    params = state.params if state.ema is None else state.ema
+    params, model_state = state.evaluated
+    opt_state = None if plan.eval_params is None else state.opt_state
     total: Metrics | None = None
-    for batch in eval_batches(data, plan.eval_batch_size):
+    batches = eval_batches(data, plan.eval_batch_size, check=plan.check_batch)
+    for index, (batch, real) in enumerate(batches):
         if interrupted():
             return None
-        put = plan.batches.put(batch, whole=True)
-        seen = plan.programs.evaluate(params, state.frozen, state.model_state, put)
+        if plan.coupling and not real.all():
+            raise ValueError(
+                f"evaluate(data): the last batch was padded to {plan.eval_batch_size} examples, but {plan.coupling}: "
+                f"padding would change it. Give TrainerConfig(eval_batch_size) a divisor of the number of examples."
+            )
+        rows = int(real.sum())
+        put = plan.batches.put({"batch": batch, "real": real}, whole=True)
+        cut = rows if rows < len(real) and plan.metrics_count_rows else None
+        evaluated = params, opt_state, state.frozen, model_state
+        seen = plan.programs.evaluate(*evaluated, put["batch"], put["real"], state.key, np.uint32(index), rows=cut)
         total = merge(total, jax.device_get(seen))
     if total is None:
         raise ValueError("evaluate(data) has no examples.")

@@ -14,14 +14,13 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
-from curvtrain._dtypes import width
 from curvtrain.curvature import CurvatureEstimator
 from curvtrain.curvature.request import Request, as_wished, check_requests, requested_part, requests
 from curvtrain.losses import Loss
 from curvtrain.objective import Objective, annotated_specs, by_path, nested, path_name
 from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.mesh import sharding
-from curvtrain.trainer.run.step import MetricsFn
+from curvtrain.trainer.run.step import MetricsFn, average_of
 from curvtrain.trainer.state import TrainState
 
 PyTree = Any
@@ -38,6 +37,7 @@ class Task:
       loss: the loss of the outputs.
       metrics: `(outputs, batch) -> values`.
       trainable: an NNX filter of the parameters that are trained.
+      regulariser: a penalty of the parameters, or None.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Task:
     loss: Loss
     metrics: MetricsFn
     trainable: Any = nnx.Param
+    regulariser: Callable[[PyTree], Any] | None = None
 
 
 class Layout:
@@ -136,6 +137,7 @@ class Layout:
             task.loss,
             microbatch=None if config.accumulate == 1 else config.batch_size // config.accumulate,
             wrt=self._trained(model),
+            regulariser=task.regulariser,
         )
         state = TrainState(
             step=jnp.int32(0),
@@ -143,11 +145,17 @@ class Layout:
             model_state=objective.model_state,
             opt_state=self._tx.init(params),
             curvature=None,
-            ema=None if config.ema is None else jax.tree.map(lambda p: jnp.array(p, width(params)), params),
+            ema=None if config.ema is None else average_of(params),
             key=jax.random.key(config.seed),
             frozen=objective.frozen or None,
+            ema_model_state=self._average_of_state(objective.model_state),
         )
         return objective, state, annotated_specs(model)
+
+    def _average_of_state(self, model_state: PyTree) -> PyTree:
+        """The average of the model state before the first step; None without an average, or if nothing moves in it."""
+        moves = any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(model_state))
+        return average_of(model_state) if moves and self._config.ema is not None else None
 
     def _trained(self, model: nnx.Module) -> Any:
         """The filter of the trained parameters. Raises ValueError, with some names, if it matches none of them."""
@@ -218,4 +226,5 @@ class Layout:
             ema=None if shapes.ema is None else params,
             key=PartitionSpec(),
             frozen=None if shapes.frozen is None else specs_of(shapes.frozen),
+            ema_model_state=replicated(shapes.ema_model_state),
         )

@@ -6,7 +6,6 @@ next batch is drawn, so the iterators' positions in it are those of the next ste
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import time
@@ -15,24 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from clu import parameter_overview
 
-from curvtrain._text import human_bytes
 from curvtrain.trainer.data import own_positions, saved_positions
 from curvtrain.trainer.disk.checkpoint import Checkpoints
 from curvtrain.trainer.disk.compiled import compilation_cache_of
+from curvtrain.trainer.disk.plain import from_plain, to_plain
 from curvtrain.trainer.disk.reading import versions
 from curvtrain.trainer.disk.workdir import claimed
-from curvtrain.trainer.live import Run
+from curvtrain.trainer.live import Ending, Run
 from curvtrain.trainer.mesh import distributed
 from curvtrain.trainer.run.agreement import check_same_programs, check_same_run
+from curvtrain.trainer.run.announcement import announce
 from curvtrain.trainer.run.evaluation import evaluate
 from curvtrain.trainer.run.plan import Plan
 from curvtrain.trainer.run.results import Diverged, FitResult, Preempted
+from curvtrain.trainer.run.resuming import with_new_constants
 from curvtrain.trainer.run.termination import Termination
+from curvtrain.trainer.run.window import Window
 from curvtrain.trainer.watch.hooks import Hook
-from curvtrain.trainer.watch.metrics import Metrics, compute, merge
 from curvtrain.trainer.watch.progress import Clock, ProgressReport
 from curvtrain.trainer.watch.writers import open_writers
 
@@ -48,9 +47,8 @@ class Loop:
         self.plan, self.config, self.eval_data, self.hooks = plan, plan.config, eval_data, list(hooks)
         self.live = run
         self.history: list[dict[str, float]] = []
-        self._window: list[Metrics] = []  # one entry per step since the last log
         bytes_of_batch = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(plan.programs.batch))
-        self._in_flight = max(2, IN_FLIGHT_BYTES // bytes_of_batch)
+        self._window = Window(max(2, IN_FLIGHT_BYTES // bytes_of_batch))
         self._clock = Clock()
         self._termination = Termination()
 
@@ -68,23 +66,24 @@ class Loop:
             self._report = ProgressReport(main and config.progress is not False, config.steps)
             stack.callback(self._report.close)
             live.begin(self._record, self._report.say)
-            self._announce()  # the needs of the run, before they are allocated
+            announce(self.plan, self._report.say)  # the needs of the run, before they are allocated
             stack.callback(live.streams.close)
             start = self._restore_or_init()
-            if start:
-                self._report.say(f"resumed after step {start} from {config.workdir}")
             self._report.begin(start)
-            complete = start >= config.steps and self._is_evaluated()  # nothing is left to be logged
+            over = start >= config.steps or self._stays_ended()
+            if not over:
+                self._try_to_save()
+            complete = over and self._is_evaluated()  # nothing is left to be logged
             folder = Path(config.workdir) if config.workdir is not None and main and not complete else None
             self._writer = open_writers(config.writers, folder, start)
             stack.callback(self._close_writer)
             for hook in self.hooks:
                 stack.callback(hook.close)
-            if start >= config.steps or (start and self._due(config.eval_every) and not self._is_evaluated()):
+            if over or (start and self._due(config.eval_every) and not self._is_evaluated()):
                 self._evaluate()  # the second case: SIGTERM had cut it short
             ended = self._termination.poll()  # after SIGTERM there is nothing new to be saved
             self._clock.restart()
-            for step in range(start, start if ended else config.steps):
+            for step in range(start, start if ended or over else config.steps):
                 self._step(step)
                 if self._between_steps():
                     break
@@ -103,11 +102,9 @@ class Loop:
                 live.say(f"compiled {kind!s} in {time.perf_counter() - began:.1f} s")
         batch = plan.batches.put(live.streams.next_training())
         wide = plan.batches.put(live.streams.next_curvature()) if plan.programs.wide(kind) else None
-        state, seen = plan.programs.step(kind)(live.state, batch, wide)
+        state, seen = plan.programs.step(kind)(live.to_donate(), batch, wide)
         live.advance(step + 1, state)
-        self._window.append(seen)
-        if len(self._window) > self._in_flight:
-            jax.block_until_ready(self._window[-self._in_flight])
+        self._window.add(seen)
 
     def _between_steps(self) -> bool:
         """Logs, evaluates, calls hooks and saves, as they are due; says whether the run ends here.
@@ -134,6 +131,7 @@ class Loop:
                 live.last = True
                 for hook in self.hooks:
                     hook(live)
+            live.end(config.steps)
             if ending or due(config.save_every):
                 self._save()
         return ending
@@ -163,51 +161,68 @@ class Loop:
         """Sets the run to the newest checkpoint, or else to where it was left or begins; returns its step."""
         live, meta = self.live, {}
         if self._checkpoints is not None and self._checkpoints.steps:
+            live.forget_first()
             state, meta = self._checkpoints.restore(self.plan.layout.state, self._description)
+            state, changed = with_new_constants(self.plan, state)
             live.restore(int(state.step), state, meta.get("logged", {}))
+            live.ending = None if meta.get("ending") is None else Ending(**meta["ending"])
+            live.skipped = tuple(meta.get("skipped", (0, 0)))
+            self._report.say(f"resumed after step {live.step} from {self.config.workdir}")
+            for name, (old, new) in changed.items():
+                self._report.say(f"{name}, which was {old:.6g}, is {new:.6g} from now on")
         else:
-            live.advance(int(live.state.step), live.state)
-            if live.step:  # an earlier call of fit has left them, perhaps with Diverged
+            live.step = int(live.current.step)
+            if live.ending is not None and live.ending.diverged:
+                raise Diverged(live.ending.reason)
+            if live.step:  # an earlier call of fit has left them
                 self._check_parameters()
         positions = meta.get("positions")
-        live.streams.open(None if positions is None else own_positions(positions))
+        live.streams.open(None if positions is None else from_plain(own_positions(positions)))
         memories = list(meta.get("hooks", []))
         for hook in self.hooks:
             own = next((memory for memory in memories if memory["kind"] == type(hook).__name__), None)
             if own is not None:
                 memories.remove(own)
-                hook.load_state_dict(own["state"])
+                hook.load_state_dict(from_plain(own["state"]))
         return live.step
 
-    def _announce(self) -> None:
-        say, plan = self._report.say, self.plan
-        state, estimator = plan.layout.state, plan.layout.estimator
-        say(parameter_overview.get_parameter_overview(state.params, include_stats=False, max_lines=40))
-        if state.frozen is not None:
-            leaves = jax.tree.leaves(state.frozen)
-            size = human_bytes(sum(a.size * a.dtype.itemsize for a in leaves))
-            say(f"and {sum(a.size for a in leaves):,} frozen parameters in {len(leaves)} arrays, {size}")
-        if estimator is not None and (table := estimator.overview(*plan.layout.measured)):
-            say(table)
-        say(f"\n{plan.state_report()}\n")
-        if plan.refresh_note:
-            say(plan.refresh_note)
-        devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
-        say(f"{devices}; {self.config.steps} steps of {self.config.batch_size} examples")
+    def _stays_ended(self) -> bool:
+        """Whether a hook had ended the run for good; says so. More steps than it had then let it go on."""
+        live, steps = self.live, self.config.steps
+        if live.ending is None:
+            return False
+        if steps > live.ending.steps:
+            live.ending = None
+            return False
+        live.stop_reason = live.ending.reason
+        log.warning(
+            "The run was ended at step %d (%s) and is not trained on. With more steps than TrainerConfig(steps=%d) it "
+            "goes on, and in a new workdir it begins anew.",
+            live.step,
+            live.stop_reason,
+            live.ending.steps,
+        )
+        return True
+
+    def _try_to_save(self) -> None:
+        """Raises CheckpointError, or a hook's TypeError, if the run cannot be saved: now, not after hours."""
+        if self._checkpoints is not None:
+            self._checkpoints.try_out(self.live.current, self._meta())
 
     # -- between steps ---------------------------------------------------------------------------------------------
 
     def _log(self) -> None:
         """Averages and records the metrics of the steps since the last log. Raises Diverged if one is not finite."""
-        if not self._window:
+        if not len(self._window):
             return
         self._check_losses()
-        window, self._window = self._window, []
-        rate = len(window) / self._clock.seconds
+        rate = len(self._window) / self._clock.seconds
         self._clock.restart()
-        scalars = {f"train/{name}": value for name, value in compute(functools.reduce(merge, window)).items()}
+        scalars = {f"train/{name}": value for name, value in self._window.take().items()}
+        if self.config.nonfinite == "skip":
+            scalars["train/skipped"] = float(self.live.skipped[0])
         with self._clock.pause():  # it is compiled at the first log
-            seen = jax.device_get(self.plan.programs.telemetry(self.live.state.curvature))
+            seen = jax.device_get(self.plan.programs.telemetry(self.live.current.curvature))
         seen = {name: float(value) for name, value in seen.items()}
         scalars |= {name: value for name, value in seen.items() if math.isfinite(value)}  # no eigenpairs yet: infinite
         scalars["steps_per_second"] = rate
@@ -220,7 +235,7 @@ class Loop:
     def _evaluate(self) -> None:
         if self.eval_data is None:
             return
-        scores = evaluate(self.plan, self.live.state, self.eval_data, self._termination.poll)
+        scores = evaluate(self.plan, self.live.current, self.eval_data, self._termination.poll)
         if scores is None:  # interrupted by SIGTERM
             return
         step, steps = self.live.step, self.config.steps
@@ -235,16 +250,23 @@ class Loop:
         if self._checkpoints is None:
             return
         scores = {name[5:]: value for name, value in live.metrics.items() if name.startswith("eval/")}
-        meta = {
+        self._checkpoints.save(live.step, live.current, self._meta(), scores if self._is_evaluated() else None)
+
+    def _meta(self) -> dict[str, Any]:
+        """The metadata of a checkpoint of now, plain JSON."""
+        live = self.live
+        memory = lambda hook: to_plain(hook.state_dict(), f"{type(hook).__name__}.state_dict()")
+        return {
             "run": self._description,
             "versions": versions(),
             "config": {name: repr(value) for name, value in dataclasses.asdict(self.config).items()},
             "mesh": dict(self.plan.mesh.shape),
-            "positions": saved_positions(live.streams.positions),
+            "positions": saved_positions(to_plain(live.streams.positions, "the position of train_data")),
             "logged": {name: (live.logged_at[name], value) for name, value in live.metrics.items()},
-            "hooks": [{"kind": type(hook).__name__, "state": hook.state_dict()} for hook in self.hooks],
+            "hooks": [{"kind": type(hook).__name__, "state": memory(hook)} for hook in self.hooks],
+            "ending": None if live.ending is None else dataclasses.asdict(live.ending),
+            "skipped": live.skipped,
         }
-        self._checkpoints.save(live.step, live.state, meta, scores if self._is_evaluated() else None)
 
     def _record(self, step: int, scalars: dict[str, float]) -> None:
         self.live.record(step, scalars)
@@ -259,24 +281,42 @@ class Loop:
     # -- divergence ------------------------------------------------------------------------------------------------
 
     def _check_losses(self) -> None:
-        """Raises Diverged at the first step since the last log whose loss is not finite."""
-        self._window = jax.device_get(self._window)
-        first, last = self.live.step - len(self._window) + 1, self.live.step
-        for step, seen in enumerate(self._window, start=first):
-            if not np.isfinite(seen["loss"].total):
-                loss = float(seen["loss"].compute())
-                raise self._diverged(f"The training loss is {loss} at step {step} (seen in steps {first} to {last})")
+        """Counts the steps that were skipped. Raises Diverged if too many were, or a loss is not finite."""
+        live, limit = self.live, self.config.max_nonfinite
+        first, last = live.step - len(self._window) + 1, live.step
+        settled, bad = self._window.settle(live.step)
+        if bad is not None:
+            raise self._diverged(f"The training loss is {bad[1]} at step {bad[0]} (seen in steps {first} to {last})")
+        skipped = [step for step, was_skipped in settled.items() if was_skipped]
+        if skipped:
+            log.warning("Skipped step %s: loss, gradient or new parameters not finite.", ", ".join(map(str, skipped)))
+        for step, was_skipped in settled.items():
+            total, in_succession = live.skipped
+            live.skipped = (total + 1, in_succession + 1) if was_skipped else (total, 0)
+            if live.skipped[1] > limit:
+                raise self._diverged(
+                    f"Loss, gradient or new parameters are not finite in steps {step - limit} to {step}, more in "
+                    f"succession than TrainerConfig(max_nonfinite={limit})"
+                )
 
     def _check_parameters(self) -> None:
         """Raises Diverged unless the parameters and their averages are finite."""
-        state = self.live.state
+        state = self.live.current
         if not bool(self.plan.programs.all_finite((state.params, state.ema))):
             raise self._diverged(f"The parameters are not finite after step {self.live.step}")
 
     def _diverged(self, what: str) -> Diverged:
         newest = self._checkpoints.steps if self._checkpoints is not None else []
-        where = f"The newest checkpoint is step {newest[-1]}." if newest else "There is no checkpoint."
-        return Diverged(f"{what}. {where} Lower the learning rate, or raise the damping of the curvature.")
+        if newest:
+            where = f"The newest checkpoint is step {newest[-1]}. The next fit() goes on from there."
+        else:
+            where = "There is no checkpoint. This Trainer cannot go on: build a new one."
+        advice = "Lower the learning rate, or raise the damping of the curvature."
+        if self.config.nonfinite == "stop":
+            advice += " For single bad batches there is TrainerConfig(nonfinite='skip')."
+        message = f"{what}. {where} {advice}"
+        self.live.ending = Ending(message, self.config.steps, diverged=True)
+        return Diverged(message)
 
 
 @contextlib.contextmanager

@@ -1,20 +1,30 @@
 """The plan of a run: its data, its layout and its programs, checked against each other before anything is allocated."""
 
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from curvtrain._extra import accepting
 from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
-from curvtrain.objective import batch_size
+from curvtrain.objective import batch_size, by_path, path_name
 from curvtrain.trainer.config import TrainerConfig
-from curvtrain.trainer.data import CURVATURE, Streams, first_and_sample, make_train_data
+from curvtrain.trainer.data import CURVATURE, Batch, Streams, first_and_sample, make_train_data
 from curvtrain.trainer.data.placement import BatchLayout
-from curvtrain.trainer.disk.reading import saved_run
-from curvtrain.trainer.mesh import sharding
+from curvtrain.trainer.disk.reading import saved_run, steps_in
+from curvtrain.trainer.disk.restoring import restore_newest
+from curvtrain.trainer.mesh import distributed, sharding
 from curvtrain.trainer.run.layout import Layout, Task
 from curvtrain.trainer.run.programs import Programs
+from curvtrain.trainer.run.step import Evaluated
+from curvtrain.trainer.state import TrainState
+from curvtrain.trainer.watch.metrics import counts_rows
 from curvtrain.trainer.watch.report import DryRun, ProgramReport, StateReport
 
 
@@ -27,7 +37,10 @@ class Plan:
       data: the training data.
       layout: the abstract state.
       programs: the compiled programs, made when they are used.
+      eval_params: the Trainer's argument of that name, or None.
       refresh_note: how the period of refreshes was chosen, for the console; empty if the schedule says it.
+      outputs: the model's outputs for a training batch, as shapes.
+      metrics_count_rows: whether some metrics of an evaluation would count rows that pad its last batch.
     """
 
     def __init__(
@@ -38,8 +51,9 @@ class Plan:
         optimizer: optax.GradientTransformation,
         estimator: CurvatureEstimator | None,
         schedule: CurvatureSchedule,
+        eval_params: Evaluated | None = None,
     ):
-        self.config, self.task, self.tx = config, task, _with_extra_args(optimizer)
+        self.config, self.task, self.tx, self.eval_params = config, task, accepting(optimizer), eval_params
         mesh = sharding.make_mesh(config.mesh)
         _check_batch_sizes(config, schedule, mesh)
         self.batches = BatchLayout.of(mesh)
@@ -49,14 +63,19 @@ class Plan:
         self.data.iterator(CURVATURE, self.refresh_multiple)  # raises if the data does not hold so many examples
         saved = {} if estimator is None or config.workdir is None else saved_run(config.workdir)
         self.layout = Layout(config, task, mesh, self.tx, estimator, saved.get("curvature_choices", {}))
+        if eval_params is not None:
+            _check_eval_params(f"{task.name}(eval_params)", eval_params, config, self.layout.state)
         first, multiple = self.data.first(), self.refresh_multiple
         batch = self.batches.abstract(first)
         wide_batch = self.batches.abstract(first, multiple) if multiple > 1 else None
         settled = schedule.settled(self.layout.requests)
-        self.programs = Programs(config, self.layout, self.tx, settled, task.metrics, batch, wide_batch)
+        self.programs = Programs(config, self.layout, self.tx, settled, task.metrics, batch, wide_batch, eval_params)
         self.refresh_note = self._refresh_note(schedule, settled)
         self.outputs = self._abstract_outputs()
-        task.loss.check(self.data.sample(), self.outputs)
+        self.coupling = self._checked_coupling(schedule)
+        self.metrics_count_rows = True  # until an evaluation is checked
+        self.check_batch(self.data.sample())
+        self.data.check = self.check_batch
 
     @property
     def mesh(self) -> Mesh:
@@ -68,6 +87,21 @@ class Plan:
         """Examples per evaluation step."""
         return self.config.eval_batch_size or self.config.batch_size
 
+    def first_state(self) -> tuple[TrainState, Mapping[str, tuple[int, float]]]:
+        """(the state before `fit` is called, what was logged by then): of the newest checkpoint, or the initial one.
+
+        It only reads: another job may be at work in the workdir. Raises Mismatch or CheckpointError.
+        """
+        folder = None if self.config.workdir is None else Path(self.config.workdir).absolute()
+        steps = distributed.from_first(lambda: steps_in(folder) if folder is not None and folder.is_dir() else [])
+        if folder is None or not steps:
+            return self.layout.initial_state(), {}
+        found = restore_newest(folder, steps, self.layout.state, self.description())
+        for broken, reason in found.damaged.items():
+            message = f"Checkpoint {broken} in {folder} is damaged; this is the state of checkpoint {found.step}."
+            warnings.warn(f"{message} ({reason})", RuntimeWarning, stacklevel=4)
+        return found.state, found.meta.get("logged", {})
+
     def streams(self) -> Streams:
         """The batches that the run will draw, from the beginning."""
         return Streams(self.data, self.refresh_multiple)
@@ -78,10 +112,19 @@ class Plan:
         All arrays are checked; of a grain dataset, the first batch.
         """
         first, sample = first_and_sample(data, self.eval_batch_size, argument)
-        self.task.loss.check(sample, self.outputs)
+        self.check_batch(sample)
+        self.check_padding(data, argument)
         state = self.layout.state
-        batch = self.batches.abstract(first)
-        self.programs.evaluate.eval_shape(state.params, state.frozen, state.model_state, batch)
+        params, model_state = state.evaluated
+        opt_state = None if self.eval_params is None else state.opt_state
+        batch = self.batches.abstract({"batch": first, "real": np.ones(self.eval_batch_size, bool)})
+        evaluated, index = (params, opt_state, state.frozen, model_state), jax.ShapeDtypeStruct((), jnp.uint32)
+        seen = self.programs.evaluate.eval_shape(*evaluated, batch["batch"], batch["real"], state.key, index)
+        self.metrics_count_rows = counts_rows(seen)
+
+    def check_batch(self, batch: Batch) -> None:
+        """Raises TypeError or ValueError if the loss cannot take what a batch, or all data, holds for it."""
+        self.task.loss.check_batch(batch, self.outputs)
 
     def description(self) -> dict[str, Any]:
         """Identifies the run, as plain JSON: a checkpoint is resumed only if all of it is the same."""
@@ -105,9 +148,37 @@ class Plan:
         programs = [ProgramReport.of(str(kind), self.programs.step(kind)) for kind in self.programs.kinds]
         return DryRun(programs, self.state_report(), dict(self.mesh.shape), batch_size(self.programs.batch))
 
+    def check_padding(self, data: Any, argument: str) -> None:
+        """Raises ValueError if the loss of an example depends on others, and data would be padded to be evaluated."""
+        rest = batch_size(data) % self.eval_batch_size if isinstance(data, Mapping) and data else 0
+        if self.coupling and rest:
+            raise ValueError(
+                f"{argument} has {batch_size(data)} examples, so that the last of the batches of {self.eval_batch_size}"
+                f" would be padded, but {self.coupling}: padding would change it. Give TrainerConfig(eval_batch_size), "
+                f"on which such a loss depends, a divisor of the number of examples."
+            )
+
+    def _checked_coupling(self, schedule: CurvatureSchedule) -> str:
+        """Says how examples' losses depend on each other. Raises ValueError where batches are walked in pieces."""
+        whole, state = self.layout.objective.with_microbatch(None), self.layout.state
+        said: list[str] = []
+        look = lambda state, batch: said.append(state.at(whole).coupling(state.params, batch, None, self.outputs))
+        jax.eval_shape(look, state, self.programs.batch)
+        (why,) = said
+        accumulate = f"TrainerConfig(accumulate={self.config.accumulate})"
+        wide = f"CurvatureSchedule(batch_size={schedule.batch_size})"
+        pieces = accumulate if self.config.accumulate > 1 else wide if self.refresh_multiple > 1 else ""
+        if why and pieces:
+            raise ValueError(
+                f"{pieces} takes a batch in pieces, but {why}: in pieces it would be another loss. Leave it out, or, "
+                f"to have examples compared within smaller batches, take a smaller TrainerConfig(batch_size) and "
+                f"average gradients over several of them with optax.MultiSteps."
+            )
+        return why
+
     def _abstract_outputs(self) -> Any:
-        state = self.layout.state
-        predict = lambda state, batch: state.at(self.layout.objective).predict(state.params, batch)
+        state, objective = self.layout.state, self.layout.objective.with_microbatch(None)
+        predict = lambda state, batch: state.at(objective).predict(state.params, batch)
         return jax.eval_shape(predict, state, self.programs.batch)
 
     def _refresh_note(self, schedule: CurvatureSchedule, settled: CurvatureSchedule) -> str:
@@ -119,6 +190,27 @@ class Plan:
         reason = f", as optim.{asking[0]} adapts its damping" if asking else ""
         every = settled.refresh_every
         return f"refresh every {'step' if every == 1 else f'{every} steps'}{reason}"
+
+
+def _check_eval_params(argument: str, eval_params: Any, config: TrainerConfig, state: TrainState) -> None:
+    """Raises TypeError or ValueError unless `eval_params(opt_state, params)` gives parameters."""
+    if not callable(eval_params):
+        raise TypeError(f"{argument} should be a function of (opt_state, params), not {type(eval_params).__name__}.")
+    if config.ema is not None:
+        raise ValueError(f"{argument} and TrainerConfig(ema) both say what is evaluated. Leave one of them out.")
+    try:
+        found = jax.eval_shape(eval_params, state.opt_state, state.params)
+    except Exception as error:
+        raise TypeError(
+            f"{argument} does not take this optimizer's state, {type(state.opt_state).__name__}: {error} Inside of a "
+            f"chain or a wrapper, choose its part: lambda opt_state, params: function(opt_state[0], params)."
+        ) from error
+    shapes = lambda tree: {path_name(path): leaf.shape for path, leaf in by_path(tree).items()}
+    if shapes(found) != shapes(state.params):
+        raise ValueError(
+            f"{argument} should give parameters like those that it is given, {shapes(state.params)}, not "
+            f"{shapes(found)}."
+        )
 
 
 def _check_batch_sizes(config: TrainerConfig, schedule: CurvatureSchedule, mesh: Mesh) -> None:
@@ -138,10 +230,3 @@ def _check_batch_sizes(config: TrainerConfig, schedule: CurvatureSchedule, mesh:
             f"CurvatureSchedule(batch_size={wide}) should be a multiple of TrainerConfig(batch_size="
             f"{config.batch_size}): a refresh walks it in training batches."
         )
-
-
-def _with_extra_args(optimizer: Any) -> optax.GradientTransformationExtraArgs:
-    if isinstance(optimizer, optax.MultiSteps):  # takes extra arguments, but does not say so
-        update: Any = optimizer.update
-        return optax.GradientTransformationExtraArgs(optimizer.init, update)
-    return optax.with_extra_args_support(optimizer)

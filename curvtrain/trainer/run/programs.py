@@ -5,14 +5,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.tree_util import tree_leaves_with_path as leaves_with_path
 
 from curvtrain.curvature import CurvatureSchedule
 from curvtrain.trainer.config import TrainerConfig
+from curvtrain.trainer.mesh.sharding import path_name
 from curvtrain.trainer.run.layout import Layout
-from curvtrain.trainer.run.step import Kind, MetricsFn, eval_step, telemetry, train_step
+from curvtrain.trainer.run.step import Evaluated, Kind, MetricsFn, all_finite, eval_step, telemetry, train_step
+from curvtrain.trainer.state import TrainState
 
 PyTree = Any
 
@@ -37,9 +39,11 @@ class Programs:
         metrics: MetricsFn,
         batch: PyTree,
         wide_batch: PyTree,
+        evaluated: Evaluated | None = None,
     ):
         self.schedule, self.batch, self.wide_batch = schedule, batch, wide_batch
         self._config, self._layout, self._tx, self._metrics = config, layout, tx, metrics
+        self._evaluated = evaluated
         self._replicated = NamedSharding(layout.mesh, PartitionSpec())
         self._lowered: dict[Kind, Any] = {}
         self._compiled: dict[Kind, Any] = {}
@@ -78,15 +82,17 @@ class Programs:
                 config.ema,
                 config.batch_size // config.accumulate,
                 self.schedule.update_first,
+                config.nonfinite == "skip",
             )
             program = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, self._replicated))
             with jax.set_mesh(layout.mesh):  # estimators split their work over it
                 wide = self.wide_batch if self.wide(kind) else None
                 self._lowered[kind] = program.lower(layout.state, self.batch, wide)
+            _check_same_state(layout.state, self._lowered[kind].out_info[0])
         return self._lowered[kind]
 
     def step(self, kind: Kind) -> Any:
-        """The compiled step of a kind, `(state, batch, curvature_batch) -> (state, metrics)`; it donates the state."""
+        """The compiled step of a kind, `(state, batch, curvature_batch) -> (state, seen)`; it donates the state."""
         if kind not in self._compiled:
             self._compiled[kind] = self.lower(kind).compile()
         return self._compiled[kind]
@@ -99,9 +105,14 @@ class Programs:
 
     @functools.cached_property
     def evaluate(self) -> Any:
-        """The evaluation step `(params, frozen, model_state, batch) -> metrics`; compiled per shape of its batch."""
-        step = eval_step(self._layout.objective, self._metrics, self._layout.state.params)
-        return jax.jit(step, out_shardings=self._replicated)
+        """The evaluation step, see `eval_step`.
+
+        It is compiled per shape of its batch, and per number of real rows where metrics count rows.
+        """
+        state = self._layout.state
+        like = state.params, state.model_state
+        step = eval_step(self._layout.objective, self._metrics, like, self._evaluated)
+        return jax.jit(step, out_shardings=self._replicated, static_argnames="rows")
 
     @functools.cached_property
     def telemetry(self) -> Callable[[Any], dict[str, jax.Array]]:
@@ -111,5 +122,17 @@ class Programs:
     @functools.cached_property
     def all_finite(self) -> Callable[[PyTree], jax.Array]:
         """Says whether every element of a tree is finite, as a bool ()."""
-        finite = lambda tree: jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(tree)]))
-        return jax.jit(finite, out_shardings=self._replicated)
+        return jax.jit(all_finite, out_shardings=self._replicated)
+
+
+def _check_same_state(before: TrainState, after: TrainState) -> None:
+    """Raises TypeError if a step's state is not like the one that it was given: the next step could not take it."""
+    shown = lambda tree: {path_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_with_path(tree)}
+    have, want = shown(after), shown(before)
+    odd = [name for name in {**want, **have} if have.get(name) != want.get(name)]
+    if odd:
+        pairs = [f"{name} is {want.get(name, 'absent')} before, {have.get(name, 'absent')} after" for name in odd[:3]]
+        raise TypeError(
+            f"A step should leave every part of its state in its shape and dtype: {'; '.join(pairs)}. The optimizer's "
+            f"init and update should agree on opt_state, and the model's calls on model_state."
+        )

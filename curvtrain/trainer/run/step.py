@@ -13,14 +13,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from curvtrain._keys import Purpose, fold
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
+from curvtrain.losses import weight_like
 from curvtrain.objective import Objective
+from curvtrain.trainer.run.extra import extra_args
 from curvtrain.trainer.state import TrainState
-from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces
+from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces, with_penalty
 
 PyTree = Any
 MetricsFn = Callable[[Any, Any], Mapping[str, Any]]  # (outputs, batch) -> per-example values
+Seen = tuple[Metrics, jax.Array | None]  # (metrics, whether the step was skipped; None where none is)
+Evaluated = Callable[[PyTree, PyTree], PyTree]  # (optimizer state, parameters) -> the parameters that are evaluated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +49,9 @@ def train_step(
     ema: float | None,
     refresh_microbatch: int | None,
     update_first: bool = True,
-) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The function `(state, batch, curvature_batch) -> (state, metrics)` of one kind of step.
+    skips: bool = False,
+) -> Callable[..., tuple[TrainState, Seen]]:
+    """The function `(state, batch, curvature_batch) -> (state, (metrics, skipped))` of one kind of step.
 
     A refresh sees `curvature_batch`, or the training batch where that is None. The metrics are those of the training
     batch before the parameters move.
@@ -59,18 +65,20 @@ def train_step(
       ema: decay of the average of the parameters, or None.
       refresh_microbatch: examples that a refresh on a curvature batch walks at a time.
       update_first: whether the optimizer is given the curvature after this step's update and refresh, or before.
+      skips: whether a step whose loss, gradient or new parameters are not finite leaves all but the count as it was.
     """
 
-    def step(state: TrainState, batch: Any, curvature_batch: Any) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Any, curvature_batch: Any) -> tuple[TrainState, Seen]:
         here = state.at(objective)
         key = jax.random.fold_in(state.key, state.step)
-        noise, refresh_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
+        noise, refresh_key = fold(key, Purpose.NOISE), fold(key, Purpose.REFRESH)
 
         asked = requests(state.opt_state)
         part, params = requested_part(asked, here, state.params)  # the curvature is that of this part
         updates_curvature = estimator is not None and kind.update
         ride = estimator.measure(state.curvature, part, params, batch, noise) if updates_curvature else None
-        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), piece)
+        weights = here.loss_of_outputs.weights
+        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), weights(outputs, piece))
         loss, grads, model_state, seen, measured = here.value_grad_and_measure(
             state.params, batch, noise, ride, observe=observe
         )
@@ -91,12 +99,11 @@ def train_step(
 
         curvature = advance(state.curvature, state.opt_state) if update_first else state.curvature
 
-        extra = _extra_args(curvature, here, part, batch, noise, loss, grads)
+        extra = extra_args(curvature, here, part, batch, noise, loss, grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         moved = optax.apply_updates(state.params, updates)
         if not update_first:
             curvature = advance(curvature, opt_state)
-        average = None if ema is None else moving_average(state.ema, moved, ema)
         after = dataclasses.replace(
             state,
             step=state.step + 1,
@@ -104,51 +111,88 @@ def train_step(
             model_state=model_state,
             opt_state=opt_state,
             curvature=curvature,
-            ema=average,
+            ema=None if ema is None else moving_average(state.ema, moved, ema),
+            ema_model_state=None if ema is None else moving_average(state.ema_model_state, model_state, ema),
         )
-        return after, reduce_pieces(seen)
+        seen = with_penalty(reduce_pieces(seen), _penalty(here, state.params))
+        if not skips:
+            return after, (seen, None)
+        fine = all_finite((loss, grads, moved))
+        return _if_fine(fine, after, state), (seen, ~fine)
 
     return step
 
 
-def _extra_args(
-    curvature: Any, objective: Objective, part: Objective, batch: Any, key: jax.Array, loss: jax.Array, grads: PyTree
-) -> dict[str, Any]:
-    """The extra arguments of an optimizer's update; `part` is the objective of the parameters that it asks about."""
-
-    # optax's line searches pass the other extra arguments on to value_fn, and reject those that it does not name
-    def value_fn(params, *, batch=batch, key=key, objective=objective, curvature=None):
-        return objective.loss(params, batch, key)
-
-    return {
-        "curvature": curvature,
-        "objective": part,
-        "batch": batch,
-        "key": key,
-        "value": loss,
-        "grad": grads,
-        "value_fn": value_fn,
-    }
+def _if_fine(fine: jax.Array, after: TrainState, before: TrainState) -> TrainState:
+    """The state after a step; if it is not fine, the state before with the count of the step."""
+    choose = lambda new, old: new if new is old else jnp.where(fine, new, old)
+    return dataclasses.replace(jax.tree.map(choose, after, before), step=after.step)
 
 
-def moving_average(average: PyTree, params: PyTree, decay: float) -> PyTree:
-    """decay * average + (1 - decay) * params, in the average's dtype, float32 at least: in bfloat16, 0.999 is 1."""
-    return jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p.astype(a.dtype), average, params)
+def all_finite(tree: PyTree) -> jax.Array:
+    """Says whether every element of a tree is finite, as a bool ()."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(a)) for a in jax.tree.leaves(tree)]))
+
+
+def _penalty(objective: Objective, params: PyTree) -> jax.Array | None:
+    return None if objective.regulariser is None else objective.penalty(params)
+
+
+def average_of(tree: PyTree) -> PyTree:
+    """The average before the first step: a copy, whose floating-point arrays have float32 at least."""
+    wide = lambda a: jnp.promote_types(a.dtype, jnp.float32) if _is_float(a) else a.dtype
+    return jax.tree.map(lambda a: jnp.array(a, wide(a)), tree)
+
+
+def moving_average(average: PyTree, new: PyTree, decay: float) -> PyTree:
+    """decay * average + (1 - decay) * new, in float32 at least: in bfloat16, 0.999 is 1. The rest (counts) is the new.
+
+    An average that is None stays None.
+    """
+    if average is None:
+        return None
+    mean = lambda a, n: decay * a + (1.0 - decay) * n.astype(a.dtype) if _is_float(a) else n
+    return jax.tree.map(mean, average, new)
+
+
+def _is_float(a: Any) -> bool:
+    return jnp.issubdtype(a.dtype, jnp.floating)
 
 
 def eval_step(
-    objective: Objective, metrics_fn: MetricsFn, like: PyTree
-) -> Callable[[PyTree, PyTree, PyTree, Any], Metrics]:
-    """The function `(params, frozen, model_state, batch) -> metrics` with running averages and without dropout.
+    objective: Objective, metrics_fn: MetricsFn, like: tuple[PyTree, PyTree], evaluated: Evaluated | None
+) -> Callable[..., Metrics]:
+    """The function of the evaluation, with running averages and without dropout.
 
-    The parameters (an average of them, perhaps) are used in the dtypes of `like`.
+    It is `(params, opt_state, frozen, model_state, batch, real, key, index, rows=None) -> metrics`. Padding, where the
+    bool (batch,) `real` is false, weighs nothing; the model alone sees it if `rows`, a Python int, says how many rows
+    are real: all metrics are then of these, at the price of a program for this number. `key` is the run's, and `index`
+    that of the batch: what the model draws at random differs from batch to batch, and is the same in every evaluation.
+
+    Args:
+      objective: the run's objective.
+      metrics_fn: `(outputs, batch) -> values` of the metrics.
+      like: (parameters, model state), in whose dtypes those that are given, averages perhaps, are used.
+      evaluated: makes what is evaluated of the optimizer's state and the parameters; None where it is these.
     """
 
-    def step(params, frozen, model_state, batch):
-        params = jax.tree.map(lambda a, p: a.astype(p.dtype), params, like)
+    def step(params, opt_state, frozen, model_state, batch, real, key, index, rows=None):
+        if evaluated is not None:
+            params = evaluated(opt_state, params)
+        params, model_state = jax.tree.map(lambda a, p: a.astype(p.dtype), (params, model_state), like)
         here = objective.with_state(model_state).with_frozen(frozen).evaluation()
-        outputs = here.predict(params, batch)
-        return measure(metrics_fn(outputs, batch), batch)
+        outputs = here.predict(params, batch, jax.random.fold_in(fold(key, Purpose.EVALUATION), index))
+        if rows is not None:
+            cut = lambda a: a[:rows] if a.ndim and len(a) == len(real) else a
+            outputs, batch, real = jax.tree.map(cut, (outputs, batch, real))
+        weights = here.loss_of_outputs.weights(outputs, batch)
+        if len(weights) != len(real):
+            raise ValueError(
+                f"The loss has values of shape {weights.shape} for {len(real)} examples, so it is not known which of "
+                f"them are of the rows that pad a batch: give it one value per example."
+            )
+        seen = measure(metrics_fn(outputs, batch), jnp.where(weight_like(real, weights), weights, 0.0))
+        return with_penalty(seen, _penalty(here, params))
 
     return step
 

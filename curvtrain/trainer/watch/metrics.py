@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
-from curvtrain._dtypes import wide, width
-from curvtrain.losses import example_weights
-from curvtrain.objective import batch_size, safe
+from curvtrain._dtypes import wide
+from curvtrain.losses import weight_like
+from curvtrain.objective import safe
 
 Metrics = dict[str, clu_metrics.Metric]
 
@@ -29,21 +29,22 @@ class Mean(clu_metrics.Average):
         return self.total / safe(self.count)
 
 
-def measure(values: Mapping[str, Any], batch: Any) -> Metrics:
+def measure(values: Mapping[str, Any], weights: jax.Array) -> Metrics:
     """Turns the values that `Trainer.metrics` returned for a batch into mergeable metrics.
 
     Args:
       values: by name, one value per example, shape (batch,) or (batch, time); or a `clu.metrics.Metric`, for a
         quantity that is not a mean over examples.
-      batch: its `mask` and `weights` weight the means.
+      weights: of the loss, in the shape of its values. A value per sequence, of a loss per position, has the weight of
+        the heaviest position.
 
     Raises:
       ValueError: a value without a batch axis.
     """
-    return {name: _metric(name, value, batch) for name, value in values.items()}
+    return {name: _metric(name, value, weights) for name, value in values.items()}
 
 
-def _metric(name: str, value: Any, batch: Any) -> clu_metrics.Metric:
+def _metric(name: str, value: Any, weights: jax.Array) -> clu_metrics.Metric:
     if isinstance(value, clu_metrics.Metric):
         return value
     value = jnp.asarray(value)
@@ -52,12 +53,28 @@ def _metric(name: str, value: Any, batch: Any) -> clu_metrics.Metric:
             f"Trainer.metrics[{name!r}] is a scalar; return one value per example, shape (batch,), so that the mean is "
             f"exact under padding and accumulation, or a clu.metrics.Metric."
         )
-    if value.shape[0] != batch_size(batch):
+    shared = min(value.ndim, weights.ndim)
+    if value.shape[:shared] != weights.shape[:shared]:
         raise ValueError(
-            f"Trainer.metrics[{name!r}] has shape {value.shape} for a batch of {batch_size(batch)} examples; return "
-            f"one value per example."
+            f"Trainer.metrics[{name!r}] has shape {value.shape} for a batch of {len(weights)} examples, whose losses "
+            f"have shape {weights.shape}; return one value per example."
         )
-    return Mean.of(value, example_weights(batch, value.shape, width(value)))
+    weights = jnp.max(weights, axis=tuple(range(shared, weights.ndim)))
+    return Mean.of(value, jnp.broadcast_to(weight_like(weights, value), value.shape))
+
+
+def counts_rows(metrics: Metrics) -> bool:
+    """Says whether some metrics are of classes that count every row that they are given, padding included."""
+    return any(not isinstance(metric, Mean) for metric in metrics.values())
+
+
+def with_penalty(metrics: Metrics, penalty: jax.Array | None) -> Metrics:
+    """The metrics with a penalty in every example's loss, and by itself; None adds nothing."""
+    if penalty is None:
+        return metrics
+    loss: Any = metrics["loss"]
+    alone = Mean(total=penalty * loss.count, count=loss.count)
+    return {**metrics, "loss": Mean(total=loss.total + alone.total, count=loss.count), "penalty": alone}
 
 
 def merge(first: Metrics | None, second: Metrics) -> Metrics:

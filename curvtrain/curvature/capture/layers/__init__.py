@@ -30,6 +30,7 @@ from curvtrain.curvature.capture.layers.einsum import EinsumLayer as EinsumLayer
 from curvtrain.curvature.capture.layers.embed import EmbedLayer as EmbedLayer
 from curvtrain.curvature.capture.layers.gradients import Backward as Backward
 from curvtrain.curvature.capture.layers.gradients import Explicit as Explicit
+from curvtrain.curvature.capture.layers.gradients import Gradients as Gradients
 from curvtrain.curvature.capture.layers.gradients import Products as Products
 from curvtrain.curvature.capture.layers.lora import LoRADown as LoRADown
 from curvtrain.curvature.capture.layers.lora import LoRAUp as LoRAUp

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 
 from curvtrain.curvature.capture.layers.blocks import Block
 from curvtrain.curvature.capture.layers.gradients import Backward, Gradients
@@ -104,7 +103,11 @@ class Layer(abc.ABC):
         return shape[0] if len(shape) > 1 else 1
 
     def gradients(self, backward: Backward) -> Gradients:
-        """The gradients of the examples of one call with respect to M."""
+        """The gradients of the examples of one call with respect to M.
+
+        Where a layer is called several times for one example, estimators that need the gradients of examples take them
+        of the model as a whole, and those of a call are asked for by K-FAC alone.
+        """
         raise TypeError(f"{type(self).__name__} says nothing of its gradients: give it a method gradients().")
 
     def squares(self, backward: Backward) -> jax.Array:
@@ -113,17 +116,11 @@ class Layer(abc.ABC):
 
     def units(self, backward: Backward) -> jax.Array:
         """sum_n D_n[:, o] D_n[:, o]^T for every column o: (g, d_o, d_i, d_i)."""
-        outer = lambda D: jnp.einsum("gnio,gnjo->goij", D, D)
-        return self.gradients(backward).corrected(backward).total(outer)
+        return self.gradients(backward).corrected(backward).units()
 
     def full(self, backward: Backward) -> jax.Array:
         """sum_n vec(D_n) vec(D_n)^T with row-major vec: (g, d_i d_o, d_i d_o)."""
-
-        def outer(D):
-            D = D.reshape(*D.shape[:2], -1)
-            return jnp.einsum("gnp,gnq->gpq", D, D)
-
-        return self.gradients(backward).corrected(backward).total(outer)
+        return self.gradients(backward).corrected(backward).full()
 
     def block(self) -> Block:
         """Returns the block that K-FAC measures, stores and applies: `Factored()`, `UnitBlocks(...)` or one's own."""

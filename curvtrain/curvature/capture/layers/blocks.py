@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, ClassVar
 import jax
 import jax.numpy as jnp
 
-from curvtrain.curvature.capture.layers.gradients import Backward, Products
+from curvtrain.curvature.capture.layers.gradients import Backward, Gradients, Products
 from curvtrain.curvature.capture.layers.rows import second_moment, second_moment_diagonal, shared, total_weight
 from curvtrain.objective import safe
 
@@ -69,6 +69,15 @@ class Block(abc.ABC):
     def measure(self, layer: "Layer", backward: Backward, options: Options) -> Arrays:
         """The statistics of one call."""
 
+    def of_examples(self, options: Options) -> tuple[str, ...]:
+        """Names of the statistics that are sums of products of D_n with itself: they need the gradients of examples,
+        which those of calls are only where a layer is called once for each."""
+        return ()
+
+    def measure_examples(self, gradients: Gradients, given: Arrays, options: Options) -> Arrays:
+        """The statistics that `of_examples` names, from the gradients of examples."""
+        return {}
+
     @abc.abstractmethod
     def diagonal_of(self, means: Arrays) -> jax.Array:
         """The diagonal of C, like M, from the means of statistics with `Options(diagonal=True)`."""
@@ -114,13 +123,16 @@ class Factored(Block):
         sums = {"A": second(a, w), "G": second(s, None), "rows": jnp.broadcast_to(total_weight(a, w), len(a))}
         if options.scales:
             given = backward.given
-            of_basis = lambda: Products(
-                jnp.einsum("gnri,gij->gnrj", products.a, given["QA"]),
-                jnp.einsum("gnro,gop->gnrp", products.s, given["QG"]),
-            ).squares()
+            of_basis = lambda: products.rotated(given["QA"], given["QG"]).squares()
             zeros = lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of_basis))
             sums["S"] = jax.lax.cond(given["due"], of_basis, zeros) if options.sometimes else of_basis()
         return sums
+
+    def of_examples(self, options):
+        return ("S",) if options.scales else ()
+
+    def measure_examples(self, gradients, given, options):
+        return {"S": gradients.rotated(given["QA"], given["QG"]).squares()} if options.scales else {}
 
     def diagonal_of(self, means):
         return means["A"][:, :, None] * means["G"][:, None, :]
@@ -223,6 +235,12 @@ class UnitBlocks(OwnBlock):
     def measure(self, layer, backward, options):
         return {"D2": layer.squares(backward)} if options.diagonal else {"F": layer.units(backward)}
 
+    def of_examples(self, options):
+        return ("D2",) if options.diagonal else ("F",)
+
+    def measure_examples(self, gradients, given, options):
+        return {"D2": gradients.squares()} if options.diagonal else {"F": gradients.units()}
+
     def stored(self, copies, d_o) -> Shapes:
         return {"F": (copies * d_o, self.p, self.p)}
 
@@ -299,6 +317,12 @@ class DiagonalBlock(OwnBlock):
 
     def measure(self, layer, backward, options):
         return {"D2": layer.squares(backward)}
+
+    def of_examples(self, options):
+        return ("D2",)
+
+    def measure_examples(self, gradients, given, options):
+        return {"D2": gradients.squares()}
 
     def stored(self, copies, d_o) -> Shapes:
         return {"D2": (copies, 1, d_o)}

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 PyTree = Any
 
 FLOATS = 2**24  # of per-example gradients held at a time
+_UNREACHED = 1e-30  # weight of a row that no output depends on: nothing, unless there are no others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Backward:
       examples: N, or 1 where the model maps over its examples one by one.
       saved: what `Layer.saved` kept of the call.
       s: the cotangent of the layer's output, in its shape.
+      reach: whether s is zero just where no unmasked output depends on a row.
       given: arrays by name: "weights" (N, ...) of the examples, if there are any; "correction" (N,), if the cotangents
         were seeded with w_n in the place of sqrt(w_n); and what the statistic asked for.
     """
@@ -31,6 +33,7 @@ class Backward:
     saved: PyTree
     s: jax.Array
     given: dict[str, jax.Array]
+    reach: bool = False
 
     def corrected(self, s: jax.Array) -> jax.Array:
         """Cotangents s (g, N, ...) as if they had been seeded with sqrt(w_n)."""
@@ -38,11 +41,12 @@ class Backward:
             return s
         return s * self.given["correction"].reshape(1, self.examples, *(1,) * (s.ndim - 2))
 
-    def row_weights(self, positions: int) -> jax.Array | None:
-        """The weight of each row (N, R), None for all ones.
+    def row_weights(self, positions: int, s: jax.Array) -> jax.Array | None:
+        """The weight of each row (N, R), None for all ones; s (g, N, R, d_o) are the cotangents of the rows' products.
 
-        A mask over time applies to layers whose positions are time; in others, an example counts if any of its
-        positions does.
+        A mask over time applies to layers whose positions are time. In others an example counts if any of its positions
+        does; of a layer that is called several times for an example (a recurrent cell) only those rows of it on which
+        an unmasked output depends.
         """
         if "weights" not in self.given:
             return None
@@ -54,9 +58,10 @@ class Backward:
                 f"or leave mask= and weights= out."
             )
         w = w.reshape(self.examples, -1)
-        if w.shape[1] != positions:
-            w = jnp.max(w, axis=1, keepdims=True)
-        return jnp.broadcast_to(w, (self.examples, positions))
+        if w.shape[1] == positions:
+            return w
+        w = jnp.broadcast_to(jnp.max(w, axis=1, keepdims=True), (self.examples, positions))
+        return w * jnp.where(jnp.any(s != 0, axis=(0, 3)), 1.0, _UNREACHED) if self.reach else w
 
 
 class Gradients(abc.ABC):
@@ -73,6 +78,23 @@ class Gradients(abc.ABC):
     def squares(self) -> jax.Array:
         """sum_n D_n^2 elementwise: (g, d_i, d_o)."""
         return self.total(lambda D: jnp.sum(jnp.square(D), axis=1))
+
+    def units(self) -> jax.Array:
+        """sum_n D_n[:, o] D_n[:, o]^T for every column o: (g, d_o, d_i, d_i)."""
+        return self.total(lambda D: jnp.einsum("gnio,gnjo->goij", D, D))
+
+    def full(self) -> jax.Array:
+        """sum_n vec(D_n) vec(D_n)^T with row-major vec: (g, d_i d_o, d_i d_o)."""
+
+        def outer(D):
+            D = D.reshape(*D.shape[:2], -1)
+            return jnp.einsum("gnp,gnq->gpq", D, D)
+
+        return self.total(outer)
+
+    @abc.abstractmethod
+    def rotated(self, QA: jax.Array, QG: jax.Array) -> "Gradients":
+        """Q_A^T D_n Q_G for QA (g, d_i, d_i) and QG (g, d_o, d_o)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +113,9 @@ class Explicit(Gradients):
     def total(self, function):
         return function(self.D)
 
+    def rotated(self, QA, QG):
+        return Explicit(jnp.einsum("gij,gnio,gop->gnjp", QA, self.D, QG))
+
 
 @dataclasses.dataclass(frozen=True)
 class Products(Gradients):
@@ -106,6 +131,9 @@ class Products(Gradients):
 
     def corrected(self, backward):
         return Products(self.a, backward.corrected(self.s))
+
+    def rotated(self, QA, QG):
+        return Products(jnp.einsum("gnri,gij->gnrj", self.a, QA), jnp.einsum("gnro,gop->gnrp", self.s, QG))
 
     def total(self, function):
         a, s = self.a, self.s

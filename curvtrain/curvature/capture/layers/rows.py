@@ -14,7 +14,7 @@ def shared(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """(a, s, row weights) with one row per position, or per example."""
     a, s = products.a, products.s
-    w = backward.row_weights(a.shape[2])
+    w = backward.row_weights(a.shape[2], s)
     if weight_sharing == "expand" or a.shape[2] == 1:
         return a, s, w
     s = jnp.sum(s, axis=2, keepdims=True)

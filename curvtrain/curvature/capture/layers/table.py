@@ -65,7 +65,7 @@ class TableBlock(OwnBlock):
                 f"{index.shape[1]}. Use 'expand', or treat it as plain (plain={layer.name!r})."
             )
         s = backward.corrected(wide(backward.s).reshape(1, backward.examples, -1, self.D))
-        w = backward.row_weights(index.shape[1])
+        w = backward.row_weights(index.shape[1], s)
         counts = jnp.zeros((1, self.V), s.dtype if w is None else w.dtype).at[0, index].add(1.0 if w is None else w)
         return sums | {"counts": counts, "G": second(s, None), "rows": jnp.sum(counts, axis=1)}
 
