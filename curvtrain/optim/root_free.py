@@ -154,7 +154,7 @@ def rf_adamw(
         d = jax.tree.map(lambda m, s: _over(m / of_m, s / of_s + damping), mu, nu)
         return trees.cast(d, updates), RootFreeState(t, trees.cast(mu, state.mu), trees.cast(nu, state.nu))
 
-    links = [transformation(init, update)]
+    links: list[optax.GradientTransformation] = [transformation(init, update)]
     if not _checks.is_off(weight_decay):
         links.append(optax.add_decayed_weights(weight_decay, mask))
     return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
