@@ -34,7 +34,7 @@ from curvtrain._keys import Purpose, fold
 from curvtrain._outputs import floats, with_floats
 from curvtrain.curvature import trees
 from curvtrain.losses import unmasked, weight_like
-from curvtrain.objective import Objective, safe
+from curvtrain.objective import Objective, by_path, path_name, safe
 
 PyTree = Any
 
@@ -237,9 +237,17 @@ def _mean(cotangents: list[jax.Array], weight: jax.Array) -> list[jax.Array]:
 
 
 def _like(params: PyTree, vector: PyTree) -> PyTree:
-    """A vector in the dtype in which products are taken."""
-    dtype = trees.width(params)
-    return jax.tree.map(lambda v: v.astype(dtype), vector)
+    """A vector in the dtype in which products are taken. Raises ValueError unless it is like the parameters."""
+    dtype, want, have = trees.width(params), by_path(params), by_path(vector)
+    for path in (*want, *have):
+        shapes = [jnp.shape(leaves[path]) if path in leaves else None for leaves in (want, have)]
+        if shapes[0] != shapes[1]:
+            is_there = [f"has the shape {shape}" if shape is not None else "is absent" for shape in shapes]
+            raise ValueError(
+                f"The vector of a curvature-vector product should be like the parameters: {path_name(path) or 'it'} "
+                f"{is_there[0]} among the parameters, and {is_there[1]} in the vector."
+            )
+    return jax.tree.map(lambda v: jnp.asarray(v, dtype), vector)
 
 
 def _check(params: PyTree) -> None:

@@ -185,13 +185,13 @@ def _swept(X: jax.Array, panels: jax.Array | int, block: int) -> jax.Array:
     d = len(X)
 
     def sweep(k, X):
-        at = k * block
-        C = jax.lax.dynamic_slice(X, (0, at), (d, block))
-        H = _half_inverse(jax.lax.dynamic_slice(C, (at, 0), (block, block)))  # X_kk^-1 = H^T H
+        at, zero = k * block, jnp.zeros_like(k)  # of one dtype, whatever the x64 flag
+        C = jax.lax.dynamic_slice(X, (zero, at), (d, block))
+        H = _half_inverse(jax.lax.dynamic_slice(C, (at, zero), (block, block)))  # X_kk^-1 = H^T H
         W = C @ H.T
-        panel = jax.lax.dynamic_update_slice(W @ H, -(H.T @ H), (at, 0))
-        X = jax.lax.dynamic_update_slice(X - W @ W.T, panel, (0, at))
-        return jax.lax.dynamic_update_slice(X, panel.T, (at, 0))
+        panel = jax.lax.dynamic_update_slice(W @ H, -(H.T @ H), (at, zero))
+        X = jax.lax.dynamic_update_slice(X - W @ W.T, panel, (zero, at))
+        return jax.lax.dynamic_update_slice(X, panel.T, (at, zero))
 
     return -jax.lax.fori_loop(0, panels, sweep, X)
 

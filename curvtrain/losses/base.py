@@ -252,6 +252,8 @@ def one_array(loss: Loss, outputs: Any) -> Any:
             f"{loss._name} takes one array of outputs, not {type(outputs).__name__}: return one from predict, or write "
             f"a losses.PerExample(function) of all of them."
         )
+    if not outputs.shape:
+        raise ValueError(f"{loss._name} takes one output or more for each example, and the model's are one number.")
     return outputs
 
 

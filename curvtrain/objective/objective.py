@@ -89,7 +89,7 @@ class Objective:
           TypeError, ValueError: an argument of the wrong type; a filter that matches nothing, or parameters that are
             not real floating-point numbers.
         """
-        check_parts(model, loss)
+        check_parts(model, predict, loss)
         if microbatch is not None:
             _checks.positive_int("Objective.from_model(microbatch)", microbatch)
         static, params, frozen, rest = SplitModel.of(model, predict, loss, wrt)

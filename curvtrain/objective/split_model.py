@@ -77,8 +77,20 @@ class SplitModel:
 
     def merge(self, graph: nnx.GraphDef, params: PyTree, model_state: PyTree, key: jax.Array | None) -> nnx.Module:
         """The module with these parameters, frozen ones included."""
+        self._check_paths(params)
         # copy=True: without it, BatchNorm inside an HVP raises TraceContextError when it assigns its statistics
         return nnx.merge(graph, params, self.random_state(key), model_state, copy=True)
+
+    def _check_paths(self, params: PyTree) -> None:
+        """Raises ValueError unless these are the module's parameters, by their names."""
+        given = by_path(params).keys()
+        if given != set(self.paths):
+            missing = [path_name(path) for path in self.paths if path not in given][:3]
+            unknown = [path_name(path) for path in given if path not in set(self.paths)][:3]
+            raise ValueError(
+                f"These are not the parameters of the objective's model: {missing or 'none'} are missing and "
+                f"{unknown or 'none'} are not the model's. Objective.from_model returns the right ones."
+            )
 
     def apply(self, params, model_state, batch, key, evaluation: bool, prepare=None) -> tuple[Any, PyTree]:
         """(outputs, the model state after the forward pass); `prepare` may change the module before."""
@@ -86,16 +98,31 @@ class SplitModel:
         module = self.merge(graph, params, model_state, key)
         if prepare is not None:
             prepare(module)
-        outputs = self.predict(module, batch)
+        try:
+            outputs = self.predict(module, batch)
+        except Exception as error:
+            error.add_note(f"(In predict(model, batch), for a batch of {_described(batch)}.)")
+            raise
         rest = nnx.to_pure_dict(_split(module, self.wrt)[-1])
         # keep what the split module had; variables that a forward pass adds (sown values) are not part of the state
         return outputs, _same_structure(rest, model_state)
 
 
-def check_parts(model: Any, loss: Any) -> None:
-    """Raises TypeError unless it is a module and a loss."""
+def _described(batch: Any) -> str:
+    """The arrays of a batch, for messages."""
+    shown = [f"{path_name(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in by_path(batch).items()]
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "") or "no arrays"
+
+
+def check_parts(model: Any, predict: Any, loss: Any) -> None:
+    """Raises TypeError unless these are a module, a function and a loss."""
     if not isinstance(model, nnx.Module):
         raise TypeError(f"Objective.from_model(model) should be an nnx.Module, not {type(model).__name__}.")
+    if not callable(predict):
+        raise TypeError(
+            f"Objective.from_model(predict) should be a function (model, batch) -> outputs, not "
+            f"{type(predict).__name__}."
+        )
     if not isinstance(loss, Loss):
         raise TypeError(
             f"Objective.from_model(loss) should be a curvtrain.losses.Loss, not {type(loss).__name__}. For a "

@@ -92,9 +92,9 @@ class Trainer(abc.ABC):
             raise TypeError(f"{name}(config) should be a TrainerConfig, not {type(config).__name__}.")
         _check_loss(self)
         if not isinstance(optimizer, _Optimizer):
-            raise TypeError(f"{name}(optimizer) should be an optax transformation, not {type(optimizer).__name__}.")
+            raise TypeError(f"{name}(optimizer) should be an optax transformation, not {_described(optimizer)}.")
         if curvature is not None and not isinstance(curvature, CurvatureEstimator):
-            raise TypeError(f"{name}(curvature) should be a CurvatureEstimator, not {type(curvature).__name__}.")
+            raise TypeError(f"{name}(curvature) should be a CurvatureEstimator, not {_described(curvature)}.")
         if schedule is not None and curvature is None:
             raise ValueError(f"{name}(schedule) was given without curvature: there is nothing to schedule.")
         if schedule is not None and not isinstance(schedule, CurvatureSchedule):
@@ -247,7 +247,7 @@ class Trainer(abc.ABC):
     def _metrics(self, outputs: Any, batch: Any) -> Mapping[str, Any]:
         values = self.metrics(outputs, batch)
         if not isinstance(values, Mapping):
-            raise TypeError(f"{type(self).__name__}.metrics should return a dict, not {type(values).__name__}.")
+            raise TypeError(f"{type(self).__name__}.metrics should return a dict, not {_described(values)}.")
         return {**values, "loss": self.loss.values(outputs, batch)}
 
     def _exported(self, opt_state: Any, params: Any) -> Any:
@@ -282,3 +282,12 @@ def _check_filter(argument: str, trainable: Any) -> None:
         raise TypeError(
             f"{argument} should be an NNX filter, such as nnx.LoRAParam or nnx.PathContains('head'), not {trainable!r}."
         ) from None
+
+
+def _described(value: Any) -> str:
+    """A wrong argument, for messages."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}: call it, {value.__name__}()"
+    if isinstance(value, jax.Array):
+        return f"an array of shape {value.shape}"
+    return type(value).__name__

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from curvtrain._extra import accepting
 from curvtrain.curvature import CurvatureEstimator, CurvatureSchedule
+from curvtrain.losses import Loss
 from curvtrain.objective import batch_size, by_path, path_name
 from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.data import CURVATURE, Batch, Streams, first_and_sample, make_train_data
@@ -74,7 +75,10 @@ class Plan:
         self.outputs = self._abstract_outputs()
         self.coupling = self._checked_coupling(schedule)
         self.metrics_count_rows = True  # until an evaluation is checked
-        self.check_batch(self.data.sample())
+        sample = self.data.sample()
+        self.check_batch(sample)
+        if isinstance(train_data, Mapping):
+            _check_some_count(task.loss, sample)
         self.data.check = self.check_batch
 
     @property
@@ -229,4 +233,14 @@ def _check_batch_sizes(config: TrainerConfig, schedule: CurvatureSchedule, mesh:
         raise ValueError(
             f"CurvatureSchedule(batch_size={wide}) should be a multiple of TrainerConfig(batch_size="
             f"{config.batch_size}): a refresh walks it in training batches."
+        )
+
+
+def _check_some_count(loss: Loss, examples: Batch) -> None:
+    """Raises ValueError if all examples there are weigh zero."""
+    weights = loss.known_weights(examples).product
+    if weights is not None and weights.size and not np.any(weights):
+        raise ValueError(
+            "All examples of train_data weigh zero, by its mask or weights or by the loss's ignore_index: there is "
+            "nothing to learn from. A mask is true, or 1, where an example counts."
         )
