@@ -10,7 +10,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def test_python_blocks_run_in_order(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.S | re.M)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     namespace: dict = {"__name__": "readme"}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
@@ -21,4 +21,5 @@ def test_python_blocks_run_in_order(capsys):
     assert namespace["result"].step == 100
     assert namespace["kfac_loss"] < 2 and namespace["factors"].failures == 0
     assert namespace["psgd_loss"] < namespace["kfac_loss"] + 0.1
+    assert namespace["soap_state"].curvature.refreshes == 1
     assert namespace["sum_now"] < 1e-12

@@ -150,10 +150,15 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
         return dataclasses.replace(c, **kept, skipped=c.skipped + jnp.asarray(~usable, jnp.int32))
 
     def _factors(self, c: GradientFactors, matrices, weight: jax.Array, decay: float) -> dict[str, Any]:
-        ema = functools.partial(fits.ema, weight=weight)
-        moved = ema if c.fit == "ema" else functools.partial(fits.kl, decay=decay)
-        found = owners.by_size(moved, c.layout, (c.factors, c.vectors, c.values), (matrices,))
-        return {name: {size: trees[name] for size, trees in found.items()} for name in ("factors", "values")}
+        names, arrays = ("factors", "values"), (c.factors, c.vectors, c.values)
+        if c.fit == "kl":
+            moved = functools.partial(fits.kl, decay=decay)
+        elif c.eigenvalues == "product":
+            moved = functools.partial(fits.ema_with_values, weight=weight)
+        else:  # V is all that is used
+            names, arrays, moved = ("factors",), (c.factors,), functools.partial(fits.ema, weight=weight)
+        found = owners.by_size(moved, c.layout, arrays, (matrices,))
+        return {name: {size: trees[name] for size, trees in found.items()} for name in names}
 
     # -- a refresh -----------------------------------------------------------------------------------------------------
 

@@ -45,7 +45,7 @@ class GradientFactors(Curvature):
 
     Attributes:
       factors: for each size D, all factors of about that size, (L, D, D). Which slot is whose says `layout`.
-      values: for each size, alpha or beta, (L, D).
+      values: for each size, alpha or beta, (L, D); with "corrected" and "ema" those of the last refresh.
       vectors: for each size, Q_A or Q_B, (L, D, D).
       scales: "corrected": for each matrix, V (K, d_i, d_o).
       diagonals: for each parameter that is no matrix, its second moments.

@@ -3,12 +3,13 @@
     ema    A <- A + (G G^T - A) / w,    w = 1 + decay w: the debiased moving average
     kl     A <- decay A + (1 - decay) G B^-1 G^T / d_o,    B <- decay B + (1 - decay) G^T A^-1 G / d_i
 
-the latter with the other factor as it was, and its inverse in the basis, Q_B diag(1 / beta) Q_B^T. alpha and beta are
-kept up to date: they are diag(Q^T A Q) at all times, so that a direction that is new since the last refresh is none
-without a value, and is not blown up by a root of nothing. The factors of "kl" begin as s I, for which s^2 is the mean
-square of the first gradient: C then has its size, and no absolute number has to be chosen. (The authors' code begins
-with 0.1 and steps only from the second gradient on.) The share of a gradient that is much larger than C expects,
-`SURPRISE`, is smaller than 1 - decay.
+the latter with the other factor as it was, and its inverse in the basis, Q_B diag(1 / beta) Q_B^T. Wherever alpha and
+beta are used they are kept up to date: they are diag(Q^T A Q) at all times, so that a direction that is new since the
+last refresh is none without a value, and is not blown up by a root of nothing.
+
+The factors of "kl" begin as s I, for which s^2 is the mean square of the first gradient: C then has its size, and no
+absolute number has to be chosen. (The authors' code begins with 0.1 and steps only from the second gradient on.) The
+share of a gradient that is much larger than C expects, `SURPRISE`, is smaller than 1 - decay.
 """
 
 from typing import Any
@@ -26,18 +27,22 @@ SURPRISE = 10.0  # mean square of a whitened gradient, which should be 1, from w
 LEAST = 1e-5  # of the mean of a factor's values: what a smaller one counts as where it is inverted
 
 
-def ema(A, B, QA, QB, alpha, beta, G, *, weight: jax.Array) -> tuple[PyTree, PyTree]:
-    """Both factors (k, d, d) and their values (k, d) after a gradient G (k, d_i, d_o)."""
-    moved = lambda old, new: old + (new - old) / weight
-    sides: list[PyTree] = [{"factors": A, "values": alpha}, {"factors": B, "values": beta}]
+def ema(A, B, G, *, weight: jax.Array) -> tuple[PyTree, PyTree]:
+    """Both factors (k, d, d) after a gradient G (k, d_i, d_o)."""
     left, right = _factored(A, B, G)
+    moved = lambda old, new: old + (new - old) / weight
+    return {"factors": moved(A, G @ _t(G)) if left else A}, {"factors": moved(B, _t(G) @ G) if right else B}
+
+
+def ema_with_values(A, B, QA, QB, alpha, beta, G, *, weight: jax.Array) -> tuple[PyTree, PyTree]:
+    """Both factors and their values (k, d) after a gradient."""
+    (left, right), sides = _factored(A, B, G), ema(A, B, G, weight=weight)
+    moved = lambda old, new: old + (new - old) / weight
     if left:
-        square = jnp.sum(jnp.square(_t(QA) @ G), axis=-1)
-        sides[0] = {"factors": moved(A, G @ _t(G)), "values": moved(alpha, square)}
+        alpha = moved(alpha, jnp.sum(jnp.square(_t(QA) @ G), axis=-1))
     if right:
-        square = jnp.sum(jnp.square(G @ QB), axis=-2)
-        sides[1] = {"factors": moved(B, _t(G) @ G), "values": moved(beta, square)}
-    return sides[0], sides[1]
+        beta = moved(beta, jnp.sum(jnp.square(G @ QB), axis=-2))
+    return sides[0] | {"values": alpha}, sides[1] | {"values": beta}
 
 
 def kl(A, B, QA, QB, alpha, beta, G, *, decay: float) -> tuple[PyTree, PyTree]:
