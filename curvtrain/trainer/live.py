@@ -14,7 +14,8 @@ from curvtrain.trainer.state import TrainState
 Write = Callable[[int, dict[str, float]], None]
 Logged = Mapping[str, tuple[int, float]]  # {name: (step, value)}
 
-_OWN_REFERENCES = 2  # to an array in a list: the list's, and that of the argument of `sys.getrefcount`
+_alone = [object()]
+_OWN_REFERENCES = sys.getrefcount(_alone[0])  # to what is in one list: 2, or 1 where Python borrows arguments
 
 
 @dataclasses.dataclass(frozen=True)
