@@ -65,13 +65,13 @@ def test_a_second_start_compiles_nothing(tmp_path):
     before = current()
     with counted() as first:
         make(workdir=tmp_path).fit()
-    assert first["cache_misses"] >= 4 and first["cache_hits"] == 0  # two kinds of step, telemetry, evaluation, ...
+    assert first["cache_misses"] >= 4 > first["cache_hits"]  # two kinds of step, telemetry, evaluation, ...
     assert list((tmp_path / "compiled").iterdir()) and current() == before
     with counted() as resumed:
         make(workdir=tmp_path, steps=5).fit()
     with counted() as again:
         make(workdir=tmp_path / "elsewhere", compilation_cache=tmp_path / "compiled").fit()
-    assert again["cache_misses"] == 0 and again["cache_hits"] == first["cache_misses"]
+    assert again["cache_misses"] == 0 and again["cache_hits"] == first["cache_misses"] + first["cache_hits"]
     assert resumed["cache_hits"] >= 4  # what it may compile are copies of what it reads, a few bytes each
     assert not (tmp_path / "elsewhere" / "compiled").exists()
 
@@ -133,8 +133,8 @@ def test_an_entry_that_a_full_disk_cut_short_is_removed(tmp_path):
 
 def test_an_entry_that_a_kill_cut_short_is_passed_over(tmp_path):
     make(workdir=tmp_path).fit()
-    entries = [path for path in (tmp_path / "compiled").iterdir() if path.name.startswith("jit_step")]
-    entries[0].write_bytes(entries[0].read_bytes()[:100])
+    for entry in (tmp_path / "compiled").glob("jit_step*-cache"):
+        entry.write_bytes(entry.read_bytes()[:100])
     jax.clear_caches()
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry for 'jit_step'"):
         result = make(workdir=tmp_path, steps=5).fit()
@@ -161,5 +161,5 @@ def test_programs_are_the_same_in_every_process(tmp_path, estimator):
         )
         assert done.returncode == 0 and done.stderr == "", done.stderr
         found.append(json.loads(done.stdout.splitlines()[-1]))
-    (_, compiled), (hits, missed) = found
-    assert missed == 0 and hits == compiled >= 5
+    (repeated, compiled), (hits, missed) = found  # small programs may be the same one
+    assert missed == 0 and hits == compiled + repeated and compiled >= 5
