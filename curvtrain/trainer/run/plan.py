@@ -123,7 +123,7 @@ class Plan:
         opt_state = None if self.eval_params is None else state.opt_state
         batch = self.batches.abstract({"batch": first, "real": np.ones(self.eval_batch_size, bool)})
         evaluated, index = (params, opt_state, state.frozen, model_state), jax.ShapeDtypeStruct((), jnp.uint32)
-        seen = self.programs.evaluate.eval_shape(*evaluated, batch["batch"], batch["real"], state.key, index)
+        seen = self.programs.evaluate.eval_shape(*evaluated, batch["batch"], batch["real"], state.key, index, rows=None)
         self.metrics_count_rows = counts_rows(seen)
 
     def check_batch(self, batch: Batch) -> None:
