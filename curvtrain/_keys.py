@@ -15,7 +15,7 @@ _ABOVE_ALL_INDICES = 2**31
 
 @enum.unique
 class Purpose(enum.IntEnum):
-    """What a key is folded for; the numbers are part of what a seed means, and do not change."""
+    """Says what a key is folded for; the numbers are part of what a seed means, and do not change."""
 
     # of a step's key
     NOISE = _ABOVE_ALL_INDICES + 1  # the model's own randomness, and that of estimators which ride on its passes

@@ -72,7 +72,7 @@ class MatrixView:
 
 
 def matrix_view(optimizer: str, name: str, shape: Sequence[int], patterns: Patterns) -> MatrixView:
-    """How a parameter is seen.
+    """Says how a parameter is seen.
 
     Raises:
       ValueError: a vector or a scalar, which is no matrix; or a pattern that does not fit the parameter.

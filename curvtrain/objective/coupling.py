@@ -124,7 +124,7 @@ def _tried(loss, of_outputs, alike, together, of_batch, treedefs) -> str:
             with jax.ensure_compile_time_eval():
                 among, changed = (np.asarray(values(v, batch), np.float64)[:_HALF] for v in (z, other))
                 alone = np.asarray(values(fewer, [a[:_HALF] for a in batch]), np.float64)
-        except Exception:  # a loss that takes no such batch: what it does with its own, tracing will show
+        except Exception:  # of the user's own code, for a batch that is not his: tracing shows what it does with that
             return ""
         if differ(among, changed, _SAME):
             return f"the values of {_named(loss)} for one example depend on the outputs of other examples"

@@ -142,7 +142,7 @@ class _AdamQlr:
         require_transformation("adamqlr(base)", self.base)
         for name in ("initial_damping", "min_damping", "weight_decay"):
             _checks.number_in(f"adamqlr({name})", getattr(self, name), 0.0)
-        _checks.number_in("adamqlr(max_damping)", self.max_damping, 0.0)
+        _checks.number_in("adamqlr(max_damping)", self.max_damping, self.min_damping)
         _checks.number_in("adamqlr(damping_decay)", self.damping_decay, 0.0, 1.0, open_low=True)
         _checks.number_in("adamqlr(damping_growth)", self.damping_growth, 1.0)
         _checks.number_in("adamqlr(max_growth)", self.max_growth, 1.0, open_low=True)

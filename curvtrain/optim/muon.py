@@ -57,6 +57,12 @@ def muon(
         _checks.number_in("muon(learning_rate)", learning_rate, 0.0)
     _checks.number_in("muon(b1)", b1, 0.0, 1.0, open_high=True)
     _checks.number_in("muon(weight_decay)", weight_decay, 0.0)
+    if adam_learning_rate is not None and not callable(adam_learning_rate):
+        _checks.number_in("muon(adam_learning_rate)", adam_learning_rate, 0.0)
+    for name, decay in (("normalize", normalize), ("adam_b1", adam_b1), ("adam_b2", adam_b2)):
+        if decay is not None:
+            _checks.number_in(f"muon({name})", decay, 0.0, 1.0, open_high=True)
+    _checks.number_in("muon(adam_eps)", adam_eps, 0.0)
     try:
         pattern = re.compile(others)
     except re.error as error:

@@ -159,5 +159,9 @@ def test_mistakes_are_reported():
         optim.muon(patterns="w")
     with pytest.raises(ValueError, match=r"muon finds no hidden matrix among bias \(3,\), embed \(4, 2\)"):
         optim.muon().init({"bias": jnp.ones(3), "embed": jnp.ones((4, 2))})
+    with pytest.raises(ValueError, match=r"muon\(normalize\) should be at least 0.0 and below 1.0, not 1.0"):
+        optim.muon(normalize=1.0)
+    with pytest.raises(ValueError, match=r"muon\(adam_learning_rate\) should be at least 0.0, not -1"):
+        optim.muon(adam_learning_rate=-1)
     with pytest.raises(ValueError, match=r"muon\(others\): '\(' is not a regular expression"):
         optim.muon(others="(")

@@ -19,7 +19,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Calls:
-    """How a model calls its layers.
+    """The calls of a model's layers, as far as its statistics depend on them.
 
     Attributes:
       layers: the names of all that are known.
@@ -42,7 +42,7 @@ class Calls:
 def calls_of(
     objective: Objective, params: PyTree, batch: Any, key: jax.Array | None, coverage: Coverage, who: str
 ) -> Calls:
-    """How the objective's model calls its layers for such a batch.
+    """Finds out how the objective's model calls its layers for such a batch.
 
     Raises ValueError where taps would miss something: a layer that is applied without the axis of examples, whose
     parameters are used without calling it, or of whose output the model takes a derivative.
@@ -99,7 +99,7 @@ def _record(objective, params, batch, key, coverage, who) -> tuple[Record, colle
 
     try:
         record, counts, shapes = run(maps=True)
-    except Exception:
+    except Exception:  # JAX has no class for it; whatever is not of that cause is raised again
         if not records or not _differentiated(records[0], coverage):
             raise
         # what notes vmap cannot be differentiated, and JAX says so in words of its own, at the first layer

@@ -173,7 +173,7 @@ class LayerMeasure:
         ]
 
     def rides(self, outputs: Any, piece: Any) -> bool:
-        """Whether the loss's own backward pass gives the statistics: see the module's docstring.
+        """Says whether the loss's own backward pass gives the statistics: see the module's docstring.
 
         Not in float16, where that pass has to be the mean's: a sum's overflows.
         """
@@ -203,7 +203,7 @@ class LayerMeasure:
         return arrays
 
     def _sums_of_examples(self, piece: Any, key: jax.Array | None) -> Sums:
-        """What is measured of single examples: plain parameters, and layers that are called several times in each."""
+        """Returns what is measured of single examples: plain parameters, and layers that are called several times in each."""
         layers = [layer for layer in self.coverage.plain if layer.size] + self._singly
         empty = [layer for layer in self.coverage.plain if not layer.size]
         sums: Sums = {layer.name: {"D2": jnp.zeros((1, 1, 0), self.coverage.dtype)} for layer in empty}

@@ -85,7 +85,7 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
             _checks.positive_int(f"{NAME}(slots)", self.slots)
 
     def views(self, objective, params) -> Views:
-        """How parameters are matrices."""
+        """Says how parameters are matrices."""
         return Views.of(params, scan_axes(NAME, objective, params), self.patterns, self.max_size, self.one_sided)
 
     def init(self, objective, params) -> GradientFactors:

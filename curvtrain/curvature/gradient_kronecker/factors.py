@@ -85,7 +85,7 @@ class GradientFactors(Curvature):
 
     @property
     def begun(self) -> jax.Array:
-        """Whether there was any gradient, bool (): before that C is zero."""
+        """Says whether there was any gradient, bool (): before that C is zero."""
         return self.updates > 0
 
     # -- as a matrix ---------------------------------------------------------------------------------------------------

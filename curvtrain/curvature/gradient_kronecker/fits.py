@@ -1,4 +1,4 @@
-"""How factors absorb a gradient, and how a refresh makes new bases of them. Symbols as in `factors.py`.
+"""Fits absorb a gradient into factors, and a refresh makes new bases of them. Symbols as in `factors.py`.
 
     ema    A <- A + (G G^T - A) / w,    w = 1 + decay w: the debiased moving average
     kl     A <- decay A + (1 - decay) G B^-1 G^T / d_o,    B <- decay B + (1 - decay) G^T A^-1 G / d_i

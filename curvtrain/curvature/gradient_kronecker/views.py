@@ -1,4 +1,4 @@
-"""Which parameters are matrices with two factors, which have one, and which have none.
+"""Views say which parameters are matrices with two factors, which have one, and which have none.
 
 | parameter | seen as |
 |---|---|
@@ -63,7 +63,7 @@ class Views:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Of the leaves."""
+        """Returns the view of every leaf."""
         return tuple(map(path_name, self.paths))
 
     @functools.cached_property

@@ -201,7 +201,7 @@ def by_size(
     arrays: Sequence[Arrays],
     extras: Sequence[Mapping[str, jax.Array]],
 ) -> dict[str, PyTree]:
-    """What a function makes for the two factors of every matrix, in the factors' slots.
+    """Returns what a function makes for the two factors of every matrix, in the factors' slots.
 
     Args:
       function: as for `by_shape`, but returns two trees of arrays, (k, d_i, ...) for A's side and (k, d_o, ...) for
