@@ -203,7 +203,7 @@ class LayerMeasure:
         return arrays
 
     def _sums_of_examples(self, piece: Any, key: jax.Array | None) -> Sums:
-        """Returns what is measured of single examples: plain parameters, and layers that are called several times in each."""
+        """Sums what is measured of single examples: plain parameters, layers that are called several times in each."""
         layers = [layer for layer in self.coverage.plain if layer.size] + self._singly
         empty = [layer for layer in self.coverage.plain if not layer.size]
         sums: Sums = {layer.name: {"D2": jnp.zeros((1, 1, 0), self.coverage.dtype)} for layer in empty}

@@ -63,7 +63,7 @@ class Views:
 
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
-        """Returns the view of every leaf."""
+        """The names of the leaves, in order."""
         return tuple(map(path_name, self.paths))
 
     @functools.cached_property
