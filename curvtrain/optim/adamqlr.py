@@ -29,7 +29,7 @@ from curvtrain._extra import accepting
 from curvtrain.curvature import trees
 from curvtrain.curvature.products import ggn_gram, hvp
 from curvtrain.objective import Objective
-from curvtrain.optim.base import require_params, require_transformation, transformation
+from curvtrain.optim.base import require_objective, require_params, require_transformation, transformation
 
 PyTree = Any
 
@@ -168,7 +168,9 @@ class _AdamQlr:
     def update(self, updates, state, params=None, *, objective: Any = None, batch=None, key=None, **extra):
         """One step; see `adamqlr`."""
         require_params("adamqlr", params)
-        _require_objective(objective, batch, self.curvature)
+        require_objective("adamqlr looks at the loss and its curvature", objective, batch)
+        if self.curvature == "ggn":
+            objective.require_outputs("adamqlr(curvature='ggn')", "adamqlr(curvature='hessian')")
         base = accepting(self.base)
         known = {"objective": objective, "batch": batch, "key": key, **extra}
         d, inner = base.update(updates, state.inner, params, **known)
@@ -221,14 +223,3 @@ class _AdamQlr:
             limit = jnp.minimum(limit, jnp.where(jnp.isnan(usual), jnp.inf, usual))
             alpha = jnp.where(slope > 0, alpha, 0.0)
         return self.amplification * jnp.clip(alpha, -limit, limit), c
-
-
-def _require_objective(objective: Any, batch: Any, curvature: str) -> None:
-    if not isinstance(objective, Objective) or batch is None:
-        missing = "batch" if isinstance(objective, Objective) else "objective"
-        raise TypeError(
-            f"adamqlr looks at the loss and its curvature, so update() needs {missing}=. A Trainer passes it; in a "
-            f"loop of your own call update(..., objective=objective, batch=batch)."
-        )
-    if curvature == "ggn":
-        objective.require_outputs("adamqlr(curvature='ggn')", "adamqlr(curvature='hessian')")

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from curvtrain import _checks
 from curvtrain.curvature.base import Estimate
-from curvtrain.objective import by_path, path_name
+from curvtrain.objective import Objective, by_path, path_name
 
 PyTree = Any
 C = TypeVar("C", bound=Estimate)
@@ -47,6 +48,37 @@ def require_params(optimizer: str, params: Any) -> None:
 def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
     """An optax transformation; optax's own types know no dataclasses in states, such as a `Request`."""
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def chained(
+    optimizer: str,
+    link: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float,
+    mask: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """The link of an optimizer with decoupled weight decay and a learning rate, whose options are checked."""
+    if not callable(learning_rate):
+        _checks.number_in(f"{optimizer}(learning_rate)", learning_rate, 0.0)
+    _checks.number_in(f"{optimizer}(weight_decay)", weight_decay, 0.0)
+    links = [link]
+    if _checks.is_off(weight_decay) and mask is not None:
+        raise ValueError(
+            f"{optimizer}(mask) says which parameters decay, and weight_decay=0 lets none. Leave one of them out."
+        )
+    if not _checks.is_off(weight_decay):
+        links.append(optax.add_decayed_weights(weight_decay, mask))
+    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
+
+
+def require_objective(why: str, objective: Any, batch: Any, instead: str = "") -> None:
+    """Raises TypeError, with `why` it is needed and what to do `instead`, unless `update` was given both."""
+    if not isinstance(objective, Objective) or batch is None:
+        missing = "batch" if isinstance(objective, Objective) else "objective"
+        raise TypeError(
+            f"{why}, so update() needs {missing}=. A Trainer passes it; in a loop of your own call update(..., "
+            f"objective=objective, batch=batch).{instead}"
+        )
 
 
 def vectors_for(optimizer: str, curvature: Estimate, updates: PyTree) -> tuple[Convert, Convert]:

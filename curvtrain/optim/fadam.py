@@ -22,6 +22,7 @@ import optax
 
 from curvtrain import _checks
 from curvtrain.curvature import trees
+from curvtrain.optim.averages import divided, seen
 from curvtrain.optim.base import require_params, transformation
 
 PyTree = Any
@@ -146,17 +147,17 @@ def scale_by_fadam(
             require_params("fadam", params)
         t = state.count + 1
         width = trees.width(updates)
-        b = b2 * _left(b2, t - 1, width) / _left(b2, t, width)  # 0 at first: f is then the square of the first gradient
-        whole = _left(b1, t, width) if debias else 1.0
+        b = b2 * seen(b2, state.count, width) / seen(b2, t, width)  # 0 at first: then f is g^2
+        whole = seen(b1, t, width) if debias else 1.0
 
         def step(g, m, f, *theta):
             g = trees.wide(g)
             f = b * trees.wide(f) + (1 - b) * jnp.square(g)
             D = f**exponent + epsilon(g)
-            m = b1 * trees.wide(m) + (1 - b1) * clipped(_over(g, D))
+            m = b1 * trees.wide(m) + (1 - b1) * clipped(divided(g, D))
             u = m / whole
             for p in theta:
-                u = u + weight_decay * clipped(_over(trees.wide(p), D))
+                u = u + weight_decay * clipped(divided(trees.wide(p), D))
             return u, m, f
 
         decayed = () if _checks.is_off(weight_decay) else (params,)
@@ -170,16 +171,6 @@ def scale_by_fadam(
 def _unzipped(like: PyTree, triples: PyTree) -> tuple[PyTree, PyTree, PyTree]:
     """A tree of triples as three trees."""
     return jax.tree.transpose(jax.tree.structure(like), jax.tree.structure((0, 0, 0)), triples)
-
-
-def _left(b: float | jax.Array, t: jax.Array, dtype: Any) -> jax.Array:
-    """1 - b^t, to all digits; 0 for t = 0."""
-    return jnp.where(t > 0, -jnp.expm1(t * jnp.log(jnp.asarray(b, dtype))), 0.0)
-
-
-def _over(x: jax.Array, D: jax.Array) -> jax.Array:
-    """x / D, and 0 where D is 0, as no gradient has been seen there and eps is 0."""
-    return jnp.where(D > 0, x / jnp.where(D > 0, D, 1.0), 0.0)
 
 
 def _rms(x: jax.Array) -> jax.Array:

@@ -24,8 +24,7 @@ from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.request import Request
-from curvtrain.objective import Objective
-from curvtrain.optim.base import require_curvature, require_params, transformation, vectors_for
+from curvtrain.optim.base import require_curvature, require_objective, require_params, transformation, vectors_for
 from curvtrain.optim.quadratic_model import QuadraticModel, quadratic_model
 from curvtrain.optim.scale_by_curvature import check_damping, damping_now, is_constant, value_at
 
@@ -180,7 +179,10 @@ class _Kfac:
         C = require_curvature("kfac", curvature, Curvature, "curvature.KFAC()")
         has_model = any(isinstance(option, str) for option in (self.learning_rate, self.momentum, self.damping))
         if has_model or self.reject:
-            _require_objective(objective, batch)
+            why = "kfac: an adaptive learning rate, momentum or damping, and rejection, look at the loss"
+            without = " Without them, give numbers or schedules for all three, and reject=False."
+            require_objective(why, objective, batch, without)
+            objective.require_outputs("kfac with adaptive coefficients", "numbers or schedules for all three")
         state = self._with_damping_now(state)
         theta, dtype = trees.wide(params), state.damping.dtype
         g = jax.tree.map(lambda g, p: g.astype(dtype) + self.l2 * p, updates, theta)
@@ -253,14 +255,3 @@ class _Kfac:
         adapted = jnp.where(rho > _GOOD, lowered, jnp.where(rho >= _POOR, lam, raised))  # NaN raises
         lam = jnp.where(due, adapted, lam)
         return jnp.clip(jnp.where(keep, lam, raised), self.min_damping, self.max_damping)
-
-
-def _require_objective(objective: Any, batch: Any) -> None:
-    if not isinstance(objective, Objective) or batch is None:
-        missing = "batch" if isinstance(objective, Objective) else "objective"
-        raise TypeError(
-            f"kfac: an adaptive learning rate, momentum or damping, and rejection, look at the loss, so update() needs "
-            f"{missing}=. A Trainer passes it; in a loop of your own call update(..., objective=objective, "
-            f"batch=batch). Without them, give numbers or schedules for all three, and reject=False."
-        )
-    objective.require_outputs("kfac with adaptive coefficients", "numbers or schedules for all three")

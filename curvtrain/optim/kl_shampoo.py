@@ -8,7 +8,8 @@ from typing import Any
 
 import optax
 
-from curvtrain.optim.whitening import chained, scale_by_whitening
+from curvtrain.optim.base import chained
+from curvtrain.optim.whitening import scale_by_whitening
 
 
 def kl_shampoo(

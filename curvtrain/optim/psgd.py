@@ -13,7 +13,8 @@ from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.psgd import FittedPreconditioner
 from curvtrain.curvature.request import Request
-from curvtrain.optim.base import require_curvature, transformation, vectors_for
+from curvtrain.optim.averages import seen
+from curvtrain.optim.base import chained, require_curvature, transformation, vectors_for
 
 PyTree = Any
 
@@ -69,24 +70,15 @@ def psgd(
     Returns:
       A transformation whose `update` needs `curvature=`, a `FittedPreconditioner`.
     """
-    if not callable(learning_rate):
-        _checks.number_in("psgd(learning_rate)", learning_rate, 0.0)
-    _checks.number_in("psgd(weight_decay)", weight_decay, 0.0)
-    links: list[optax.GradientTransformation] = [
-        scale_by_psgd(
-            b1,
-            nesterov=nesterov,
-            clip_rms=clip_rms,
-            clip_global_norm=clip_global_norm,
-            style=style,
-            mu_dtype=mu_dtype,
-        )
-    ]
-    if _checks.is_off(weight_decay) and mask is not None:
-        raise ValueError("psgd(mask) says which parameters decay, and weight_decay=0 lets none. Leave one of them out.")
-    if not _checks.is_off(weight_decay):
-        links.append(optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
+    link = scale_by_psgd(
+        b1,
+        nesterov=nesterov,
+        clip_rms=clip_rms,
+        clip_global_norm=clip_global_norm,
+        style=style,
+        mu_dtype=mu_dtype,
+    )
+    return chained("psgd", link, learning_rate, weight_decay, mask)
 
 
 def scale_by_psgd(
@@ -151,7 +143,7 @@ def moving_average(
     dtype = trees.width(grads)
     if _checks.is_off(b1):
         return grads, 1.0, mu
-    whole = lambda t: -jnp.expm1(t * jnp.log(jnp.asarray(b1, dtype)))  # 1 - b1^t, to all digits
+    whole = lambda t: seen(b1, t, dtype)
     t = (count + 1).astype(dtype)
     new = jax.tree.map(lambda m, g: (b1 * m.astype(dtype) + (1 - b1) * g).astype(dtype), mu, grads)
     averaged, factor = new, 1 / whole(t)

@@ -23,7 +23,8 @@ import optax
 from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.objective import batch_size as examples_of
-from curvtrain.optim.base import require_params, transformation
+from curvtrain.optim.averages import divided, seen
+from curvtrain.optim.base import chained, require_params, transformation
 
 PyTree = Any
 
@@ -89,7 +90,7 @@ def rf_rmsprop(
         if has_decay:
             require_params("rf_rmsprop", params)
         nu = _second_moment(updates, state.nu, b2, _examples("rf_rmsprop", batch_size, batch))
-        d = jax.tree.map(lambda g, s: _over(trees.wide(g), s + damping), updates, nu)
+        d = jax.tree.map(lambda g, s: divided(trees.wide(g), s + damping), updates, nu)
         if has_decay:
             d = jax.tree.map(lambda d, p: d + weight_decay * trees.wide(p), d, params)
         if has_momentum:
@@ -137,8 +138,6 @@ def rf_adamw(
             "rf_adamw(bias_correction=True) is for averages that begin at zero, and divides the prior as well: give "
             "initial='zero' too, or no bias_correction."
         )
-    if _checks.is_off(weight_decay) and mask is not None:
-        raise ValueError("rf_adamw(mask) says which parameters decay, and weight_decay=0 lets none. Leave one out.")
 
     def init(params):
         return RootFreeState(jnp.int32(0), _like(params, mu_dtype), _like(params, nu_dtype, initial))
@@ -149,15 +148,11 @@ def rf_adamw(
         mu = jax.tree.map(average, state.mu, updates)
         t = state.count + 1
         width = trees.width(updates)
-        left = lambda b: -jnp.expm1(t * jnp.log(jnp.asarray(b, width))) if bias_correction else jnp.ones((), width)
-        of_m, of_s = left(b1), left(b2)
-        d = jax.tree.map(lambda m, s: _over(m / of_m, s / of_s + damping), mu, nu)
+        of_m, of_s = (seen(b, t, width) if bias_correction else jnp.ones((), width) for b in (b1, b2))
+        d = jax.tree.map(lambda m, s: divided(m / of_m, s / of_s + damping), mu, nu)
         return trees.cast(d, updates), RootFreeState(t, trees.cast(mu, state.mu), trees.cast(nu, state.nu))
 
-    links: list[optax.GradientTransformation] = [transformation(init, update)]
-    if not _checks.is_off(weight_decay):
-        links.append(optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
+    return chained("rf_adamw", transformation(init, update), learning_rate, weight_decay, mask)
 
 
 def _check(name: str, learning_rate: Any, b2: Any, weight_decay: Any, damping: Any, initial: str, batch_size: Any):
@@ -192,8 +187,3 @@ def _like(params: PyTree, dtype: Any, initial: str = "zero") -> PyTree:
 def _second_moment(grads: PyTree, nu: PyTree, b2: Any, B: Any) -> PyTree:
     step = lambda g, s: b2 * trees.wide(s) + (1 - b2) * B * jnp.square(trees.wide(g))
     return jax.tree.map(step, grads, nu)
-
-
-def _over(x: jax.Array, D: jax.Array) -> jax.Array:
-    """x / D, and 0 where D is 0: no gradient has been seen there, and there is neither a prior nor a damping."""
-    return jnp.where(D > 0, x / jnp.where(D > 0, D, 1.0), 0.0)

@@ -9,7 +9,8 @@ from typing import Any
 import optax
 
 from curvtrain import _checks
-from curvtrain.optim.whitening import chained, scale_by_whitening
+from curvtrain.optim.base import chained
+from curvtrain.optim.whitening import scale_by_whitening
 
 
 def shampoo(

@@ -16,6 +16,7 @@ from curvtrain import _checks
 from curvtrain.curvature import trees
 from curvtrain.curvature.gradient_kronecker import GradientFactors
 from curvtrain.curvature.request import Request
+from curvtrain.optim.averages import seen
 from curvtrain.optim.base import require_curvature, transformation, vectors_for
 from curvtrain.optim.psgd import momentum_like, moving_average
 
@@ -105,27 +106,6 @@ def scale_by_whitening(
     return transformation(init, update)
 
 
-def chained(
-    optimizer: str,
-    link: optax.GradientTransformation,
-    learning_rate: optax.ScalarOrSchedule,
-    weight_decay: float,
-    mask: Any,
-) -> optax.GradientTransformationExtraArgs:
-    """The link with decoupled weight decay and a learning rate."""
-    if not callable(learning_rate):
-        _checks.number_in(f"{optimizer}(learning_rate)", learning_rate, 0.0)
-    _checks.number_in(f"{optimizer}(weight_decay)", weight_decay, 0.0)
-    links = [link]
-    if _checks.is_off(weight_decay) and mask is not None:
-        raise ValueError(
-            f"{optimizer}(mask) says which parameters decay, and weight_decay=0 lets none. Leave one of them out."
-        )
-    if not _checks.is_off(weight_decay):
-        links.append(optax.add_decayed_weights(weight_decay, mask))
-    return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
-
-
 def _size(
     graft: str, grads: PyTree, averaged: PyTree, nu: PyTree, count: jax.Array, b2: Any, eps: Any
 ) -> tuple[PyTree, PyTree]:
@@ -134,7 +114,7 @@ def _size(
         return averaged, nu
     dtype = trees.width(grads)
     nu = jax.tree.map(lambda n, g: (b2 * n + (1 - b2) * jnp.square(g)).astype(dtype), nu, trees.wide(grads))
-    whole = -jnp.expm1((count + 1).astype(dtype) * jnp.log(jnp.asarray(b2, dtype)))  # 1 - b2^t, to all digits
+    whole = seen(b2, count + 1, dtype)
     return jax.tree.map(lambda m, n: m / (jnp.sqrt(n / whole) + eps), averaged, nu), nu
 
 
