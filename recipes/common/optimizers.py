@@ -178,13 +178,15 @@ def _psgd(options: OptimizerOptions, rate: Any) -> Chosen:
     )
 
 
-def _whitening(make: Callable[[Any], optax.GradientTransformation], fit: str) -> Callable[..., Chosen]:
+def _whitening(
+    make: Callable[[Any], optax.GradientTransformation], estimator: curvature.GradientKronecker
+) -> Callable[..., Chosen]:
     """SOAP and its relatives: the covariance moves in every step, its bases in every tenth."""
 
     def function(options: OptimizerOptions, rate: Any) -> Chosen:
         return dict(
             optimizer=make(rate),
-            curvature=curvature.GradientKronecker(fit),
+            curvature=estimator,
             schedule=curvtrain.CurvatureSchedule(
                 update_every=options.update_every or 1, refresh_every=options.refresh_every or 10
             ),
@@ -197,7 +199,10 @@ WITH_CURVATURE: dict[str, Callable[[OptimizerOptions, Any], Chosen]] = {
     "kfac": _kfac,
     "natural_gradient": _natural_gradient,
     "psgd": _psgd,
-    "soap": _whitening(optim.soap, "ema"),
-    "shampoo": _whitening(lambda rate: optim.shampoo(rate, graft="adam", weight_decay=1e-2), "ema"),
-    "kl_shampoo": _whitening(optim.kl_shampoo, "kl"),
+    "soap": _whitening(optim.soap, curvature.GradientKronecker()),
+    "shampoo": _whitening(
+        lambda rate: optim.shampoo(rate, graft="adam", weight_decay=1e-2),
+        curvature.GradientKronecker(eigenvalues="product"),
+    ),
+    "kl_shampoo": _whitening(optim.kl_shampoo, curvature.GradientKronecker("kl", decay=0.98)),
 }
