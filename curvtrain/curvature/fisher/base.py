@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain import _checks
-from curvtrain.curvature.base import Curvature, CurvatureEstimator
+from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.capture import FISHERS, Coverage, Layer, LayerMeasure, Statistic, cover
 from curvtrain.curvature.capture.coverage import UNCOVERED
 from curvtrain.curvature.capture.layers import merged
@@ -19,7 +19,7 @@ from curvtrain.curvature.mesh import spread_spec
 from curvtrain.objective import Measure, Objective, safe
 
 PyTree = Any
-C = TypeVar("C", bound=Curvature)
+C = TypeVar("C", bound=Estimate)
 Sums = Mapping[str, dict[str, jax.Array]]  # by layer, by statistic
 
 
