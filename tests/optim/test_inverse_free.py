@@ -1,4 +1,4 @@
-"""sirfshampoo, if_shampoo and singd: replays of a reference in NumPy, what they ask of an estimator, what they refuse."""
+"""sirfshampoo, if_shampoo and singd: replays of a reference in NumPy, what they ask for, what they refuse."""
 
 import functools
 import sys
@@ -15,7 +15,7 @@ from numpy_mlp import begin as mlp_begin
 from numpy_mlp import gradient as mlp_gradient
 
 from curvtrain import CurvatureSchedule, Objective, losses, optim
-from curvtrain.curvature import GradientKronecker, InverseFree, InverseFreeKFAC, Warmed
+from curvtrain.curvature import InverseFree, InverseFreeKFAC, Warmed
 
 sys.path.append(str(Path(__file__).parents[1] / "curvature"))
 from inverse_free_reference import Tensor, momentum_step
@@ -223,3 +223,120 @@ def test_singd_replays_the_reference(name, model, period):
             params, state, c = step(params, state, c, {"x": jnp.asarray(x), "y": jnp.asarray(y)}, t % period == 0)
         assert int(c.failures) == int(c.skipped) == 0
     assert distance({n: as_matrix(leaves) for n, leaves in params.items()}, right) < 1e-6
+
+
+# -- with an estimator -------------------------------------------------------------------------------------------------
+
+
+BATCH = {
+    "x": np.random.default_rng(2).normal(size=(16, 3)).astype(np.float32),
+    "y": np.random.default_rng(3).normal(size=(16, 2)).astype(np.float32),
+}
+
+
+@functools.cache
+def problem():
+    return Objective.from_model(Perceptron(nnx.Rngs(0)), lambda m, b: m(b["x"]), losses.SquaredError("y"))
+
+
+def lives(tx, estimator, steps=60, schedule=None):
+    """(state, losses) of a plain loop."""
+    objective, params = problem()
+    tx = optim.self_contained(tx, estimator, schedule or CurvatureSchedule(), objective)
+
+    @jax.jit
+    def step(params, state):
+        value, grads, _, _ = objective.value_and_grad(params, BATCH, KEY)
+        updates, state = tx.update(grads, state, params, batch=BATCH, key=KEY, grad=grads)
+        return optax.apply_updates(params, updates), state, value
+
+    state, told = tx.init(params), []
+    for _ in range(steps):
+        params, state, value = step(params, state)
+        told.append(float(value))
+    return state, told
+
+
+@pytest.mark.parametrize(
+    ("make", "estimator", "rule"),
+    [
+        (lambda: optim.sirfshampoo(0.05), InverseFree(), (0.01, 0.5, 1e-3, False, "norm")),
+        (lambda: optim.if_shampoo(0.02), InverseFree(), (0.05, 0.5, 1e-4, False, "norm")),
+        (lambda: optim.singd(0.02), InverseFreeKFAC(), (0.01, 0.5, 1e-3, False, "entry")),
+        (
+            lambda: optim.singd(0.02, kfac_like=True, normalize_lr_cov=False, alpha1=0.2),
+            InverseFreeKFAC(),
+            (0.01, 0.2, 1e-3, True, "none"),
+        ),
+    ],
+)
+def test_an_open_estimator_is_what_the_optimizer_wants(make, estimator, rule):
+    state, told = lives(make(), estimator)
+    c = state.curvature
+    assert (c.rule.rate, c.rule.momentum, c.rule.damping, c.rule.kfac_like, c.rule.limit) == rule
+    assert int(c.updates) == 60 and int(c.failures) == int(c.skipped) == 0
+    assert told[-1] < 0.7 * told[0]
+
+
+def test_factors_move_as_the_schedule_says():
+    schedule = CurvatureSchedule(update_every=Warmed(10))
+    state, _ = lives(optim.if_shampoo(0.02), InverseFree(), schedule=schedule)
+    assert int(state.curvature.updates) == sum(schedule.updates(t) for t in range(60)) < 60
+
+
+def test_what_does_not_fit_is_refused_before_anything_compiles():
+    objective, params = problem()
+    gradients, layers = (estimator.init(objective, params) for estimator in (InverseFree(), InverseFreeKFAC()))
+
+    def refused(tx, curvature, kind, message):
+        grads, state = jax.tree.map(jnp.ones_like, params), tx.init(params)
+        with pytest.raises(kind, match=message):
+            tx.update(grads, state, params, curvature=curvature)
+
+    refused(optim.sirfshampoo(), layers, TypeError, r"takes the factors of curvature.InverseFree\(\), and these are")
+    refused(optim.singd(), gradients, TypeError, r"singd takes the factors of curvature.InverseFreeKFAC\(\)")
+    refused(optim.singd(), None, TypeError, r"singd.update\(\) needs a curvature .*curvature.InverseFreeKFAC\(\)")
+    refused(optim.if_shampoo(), gradients, ValueError, r"Give curvature.InverseFree\(rate=0.05\), or .* lr_cov=0.01")
+    refused(
+        optim.singd(alpha1=0.9), layers, ValueError, r"alpha1=0.9\) is the momentum of the factors, and these have 0.5"
+    )
+    refused(
+        optim.singd(normalize_lr_cov=False), layers, ValueError, r"Give curvature.InverseFreeKFAC\(normalized=False"
+    )
+    two = optim.route([("first", optim.sirfshampoo()), ("second", optim.if_shampoo())])
+    tx = optim.self_contained(two, InverseFree(), CurvatureSchedule(), objective)
+    with pytest.raises(ValueError, match=r"want rate=0.01 and rate=0.05 of it"):
+        tx.init(params)
+
+
+def test_a_wrong_number_that_is_traced_gives_nan():
+    objective, params = problem()
+    c, grads = InverseFree().init(objective, params), jax.tree.map(jnp.ones_like, params)
+    for beta2, is_right in ((0.01, True), (0.02, False)):
+        tx = optax.inject_hyperparams(optim.sirfshampoo)(learning_rate=0.1, beta2=beta2)
+        updates, _ = jax.jit(lambda g, s, p, tx=tx: tx.update(g, s, p, curvature=c))(grads, tx.init(params), params)
+        assert all(np.all(np.isfinite(u)) == is_right for u in jax.tree.leaves(updates))
+
+
+def test_routed_masked_and_decayed():
+    """Only what is routed to it has factors; a mask says what decays, in front of the momentum."""
+    tx = optim.route([("second", optax.sgd(0.05)), (".*", optim.singd(0.02))])
+    state, told = lives(tx, InverseFreeKFAC())
+    assert [tensor.name for tensor in state.curvature.tensors] == ["first"] and told[-1] < 0.7 * told[0]
+    chosen = {"first": True, "second": {"kernel": True, "bias": False}}
+    others = jax.tree.map(lambda x: not x, chosen)
+    tx = optax.chain(optax.masked(optim.sirfshampoo(0.05), chosen), optax.masked(optax.sgd(0.05), others))
+    state, told = lives(tx, InverseFree())
+    names = [tensor.name for tensor in state.curvature.tensors]
+    assert names == ["first/bias", "first/kernel", "second/kernel"] and told[-1] < 0.7 * told[0]
+    objective, params = problem()
+    c, zeros = InverseFree().init(objective, params), jax.tree.map(jnp.zeros_like, params)
+    ones = jax.tree.map(jnp.ones_like, params)
+    tx = optim.sirfshampoo(0.1, alpha1=0.5, kappa=0.2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+    state = tx.init(params)
+    for right in (-0.1 * 0.2, -0.1 * 0.2 * 1.5):
+        updates, state = tx.update(zeros, state, ones, curvature=c)
+        np.testing.assert_allclose(updates["first"]["kernel"], right, rtol=1e-6)
+        np.testing.assert_array_equal(updates["first"]["bias"], 0)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(zeros, state, curvature=c)
