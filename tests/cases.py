@@ -101,10 +101,9 @@ CASES = {
         InverseFree((("kernel", "upper_toeplitz"), ("table", ("block2diagonal", "diagonal"))), rates=(("bias", 0.5),)),
         lambda: optim.if_shampoo(0.01, lr_cov=0.01, damping=1e-3, weight_decay=0.1),
     ),
-    "InverseFreeKFAC": inverse_free(InverseFreeKFAC(rate=0.2, **PLAIN), lambda: optim.singd(0.01, lr_cov=0.2)),
-    "InverseFreeKFAC, kfac_like": inverse_free(
-        InverseFreeKFAC("sampled", structure="hierarchical1_1", kfac_like=True, **PLAIN),
-        lambda: optim.singd(0.01, kfac_like=True),
+    "InverseFreeKFAC": inverse_free(
+        InverseFreeKFAC("sampled", structure=[("blocks", ("hierarchical1_1", "dense"))], rate=0.2, **PLAIN),
+        lambda: optim.singd(0.01, lr_cov=0.2),
     ),
     "PSGD, Kron": psgd(Kron(), momentum=0.9),
     "PSGD, Kron in blocks": psgd(Kron("QUAD", block_size=2), "hessian", 0.1, probes=2),

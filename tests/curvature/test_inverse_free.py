@@ -182,6 +182,17 @@ def test_what_is_not_finite_or_masked_moves_nothing(make):
         assert int(after.skipped) == 1 and int(after.updates) == 4 and int(after.failures) == 0
 
 
+def test_counting_examples_takes_no_forward_pass():
+    """The step has the gradient already; of the loss only the weights are left in the program."""
+    objective, params = regression(microbatch=5)
+    estimator = InverseFree()
+    update = lambda c, grads, batch: estimator.update(c, objective, params, batch, KEY, grads=grads)
+    given = estimator.init(objective, params), params, data(mask=np.arange(12) < 8)
+    assert "tanh" not in jax.jit(update).lower(*given).compile().as_text()
+    whole = lambda c, batch: estimator.update(c, objective, params, batch, KEY)
+    assert "tanh" in jax.jit(whole).lower(given[0], given[2]).compile().as_text()
+
+
 # -- on a mesh ---------------------------------------------------------------------------------------------------------
 
 
@@ -293,6 +304,20 @@ def test_a_diagonal_side_takes_no_square():
     assert set(c.factors) == {"300_diagonalx4", "300_diagonal"}
     shown = estimator.overview(None, params)
     assert "diagonal, dense" in shown and f"{2 * 4 * (300 + 16):,}" in shown
+
+
+def test_the_table_of_layers_counts_what_is_stored():
+    objective, params = regression()
+    for dtype, size in ((None, 4), ("bfloat16", 2)):
+        estimator = InverseFreeKFAC(
+            structure=[("layers/0", "block2diagonal"), (".*", ("dense", "diagonal"))], dtype=dtype
+        )
+        c = jax.eval_shape(estimator.init, objective, params)
+        stored = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((c.factors, c.momenta)))
+        blocks, rest = 2 * (2 * 4 + 2 * 4), 2 * (25 + 2)
+        assert stored == size * (blocks + rest)
+        shown = estimator.overview(objective, params)
+        assert f"{size * blocks:,}" in shown and "dense, diagonal" in shown and "block2diagonal" in shown
 
 
 def test_copies_of_a_scan_are_tensors_of_their_own():

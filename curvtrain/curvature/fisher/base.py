@@ -99,8 +99,12 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
     def overview(self, objective, params) -> str:
         coverage = self.coverage(objective, params)
         blocks = {layer.name: self._described(layer) for layer in coverage.layers}
-        size = jnp.dtype(coverage.dtype).itemsize
+        size = jnp.dtype(self._stored_as(coverage)).itemsize
         return coverage.table({name: (kind, size * floats) for name, (kind, floats) in blocks.items()})
+
+    def _stored_as(self, coverage: Coverage) -> str:
+        """The dtype of the floats that `_described` counts."""
+        return coverage.dtype
 
     @abc.abstractmethod
     def _described(self, layer: Layer) -> tuple[str, int]:

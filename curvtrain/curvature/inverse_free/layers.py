@@ -175,6 +175,9 @@ class InverseFreeKFAC(LayerEstimator[InverseFreeFactors]):
     def partition_specs(self, curvature: InverseFreeFactors, param_specs, mesh):
         return curvature.partition_specs(mesh)
 
+    def _stored_as(self, coverage):
+        return self.dtype or coverage.dtype
+
     def _described(self, layer):
         sides = EachLayer.sides(layer)
         tensor = self._tensor(layer.name, layer.copies, sides)
