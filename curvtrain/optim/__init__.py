@@ -40,3 +40,4 @@ from curvtrain.optim.sirfshampoo import if_shampoo as if_shampoo
 from curvtrain.optim.sirfshampoo import sirfshampoo as sirfshampoo
 from curvtrain.optim.soap import scale_by_soap as scale_by_soap
 from curvtrain.optim.soap import soap as soap
+from curvtrain.optim.width import scale_by_width as scale_by_width
