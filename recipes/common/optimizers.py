@@ -21,6 +21,9 @@ OptimizerName = Literal[
     "shampoo",
     "kl_shampoo",
     "adamqlr",
+    "sirfshampoo",
+    "if_shampoo",
+    "singd",
     "fadam",
     "rf_rmsprop",
     "rf_adamw",
@@ -160,7 +163,7 @@ def _factors(options: OptimizerOptions) -> Chosen:
 
 
 def _kfac(options: OptimizerOptions, rate: Any) -> Chosen:
-    given = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
+    given: dict[str, Any] = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
     given = {option: value for option, value in given.items() if value is not None}
     return dict(optimizer=optim.kfac(**given, l2=options.l2), **_factors(options))
 
@@ -176,6 +179,24 @@ def _psgd(options: OptimizerOptions, rate: Any) -> Chosen:
         curvature=curvature.PSGD(FAMILIES[options.preconditioner](), options.fit),
         schedule=curvtrain.CurvatureSchedule(update_every=options.update_every or curvature.Annealed().period),
     )
+
+
+def _inverse_free(options: OptimizerOptions, optimizer: Any, estimator: Any, every: Any) -> Chosen:
+    schedule = curvtrain.CurvatureSchedule(update_every=options.update_every or every)
+    return dict(optimizer=optimizer, curvature=estimator, schedule=schedule)
+
+
+def _sirfshampoo(options: OptimizerOptions, rate: Any) -> Chosen:
+    return _inverse_free(options, optim.sirfshampoo(rate), curvature.InverseFree(), 1)
+
+
+def _if_shampoo(options: OptimizerOptions, rate: Any) -> Chosen:
+    return _inverse_free(options, optim.if_shampoo(rate), curvature.InverseFree(), curvature.Warmed(10))
+
+
+def _singd(options: OptimizerOptions, rate: Any) -> Chosen:
+    estimator = curvature.InverseFreeKFAC(weight_sharing=options.weight_sharing, uncovered="diagonal")
+    return _inverse_free(options, optim.singd(rate), estimator, 10)
 
 
 def _whitening(
@@ -199,6 +220,9 @@ WITH_CURVATURE: dict[str, Callable[[OptimizerOptions, Any], Chosen]] = {
     "kfac": _kfac,
     "natural_gradient": _natural_gradient,
     "psgd": _psgd,
+    "sirfshampoo": _sirfshampoo,
+    "if_shampoo": _if_shampoo,
+    "singd": _singd,
     "soap": _whitening(optim.soap, curvature.GradientKronecker()),
     "shampoo": _whitening(
         lambda rate: optim.shampoo(rate, graft="adam", weight_decay=1e-2),
