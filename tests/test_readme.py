@@ -1,9 +1,14 @@
 """The README's programs run as they stand."""
 
+import json
 import re
+import typing
 from pathlib import Path
 
 import numpy as np
+from common.optimizers import OptimizerName  # recipes/ is on the path by the import before
+
+from benchmarks import optimizers
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -24,3 +29,10 @@ def test_python_blocks_run_in_order(capsys):
     assert namespace["soap_state"].curvature.refreshes == 1
     assert namespace["sirf_state"].curvature.updates == 1
     assert namespace["sum_now"] < 1e-12
+
+
+def test_the_table_of_optimizers_is_that_of_the_results():
+    text, results = README.read_text(encoding="utf-8"), json.loads(optimizers.RESULTS.read_text(encoding="utf-8"))
+    assert optimizers.with_table(text, results) == text
+    left_out = {"nesterov", "fosi_momentum", "fosi_nesterov", "fosi_sgd"}  # as others of the table are
+    assert set(optimizers.USES) | left_out == set(typing.get_args(OptimizerName))
