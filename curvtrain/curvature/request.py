@@ -79,7 +79,15 @@ class Request:
 
 
 class Answered:
-    """A base class for optimizer states that hold their own curvature: nobody else needs to answer their requests."""
+    """A base class for optimizer states that hold their own curvature: nobody else needs to answer their requests.
+
+    Attributes:
+      inner: the state of the optimizer whose requests are answered.
+      curvature: the answer.
+    """
+
+    inner: Any
+    curvature: Any
 
 
 def requests(opt_state: PyTree) -> list[Request]:

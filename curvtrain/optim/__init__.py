@@ -1,5 +1,7 @@
 """Optax transformations that consume a curvature."""
 
+from curvtrain.curvature.draws import at_draws as at_draws
+from curvtrain.curvature.posterior import sample_params as sample_params
 from curvtrain.optim.adamqlr import adamqlr as adamqlr
 from curvtrain.optim.ema_nesterov import ema_nesterov as ema_nesterov
 from curvtrain.optim.ema_nesterov import ema_nesterov_params as ema_nesterov_params
@@ -12,6 +14,7 @@ from curvtrain.optim.fosi_dropin import fosi_nesterov as fosi_nesterov
 from curvtrain.optim.fosi_dropin import fosi_sgd as fosi_sgd
 from curvtrain.optim.hessian_helper import hessian_helper as hessian_helper
 from curvtrain.optim.hyperball import hyperball as hyperball
+from curvtrain.optim.ivon import ivon as ivon
 from curvtrain.optim.kfac import kfac as kfac
 from curvtrain.optim.kl_shampoo import kl_shampoo as kl_shampoo
 from curvtrain.optim.kl_shampoo import scale_by_kl_shampoo as scale_by_kl_shampoo
