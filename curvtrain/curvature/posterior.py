@@ -19,17 +19,14 @@ from curvtrain.objective import Path, by_path
 PyTree = Any
 Noise = Mapping[Path, jax.Array]
 
-STATISTICS = ("noise_grad", "square_grad")
-
 
 class Posterior(abc.ABC):
-    """A distribution around the parameters that an optimizer was initialised with: a node of its state.
+    """A distribution around the parameters that an optimizer was initialised with: a node of its state."""
 
-    Attributes:
-      wants: those of `STATISTICS` that its optimizer's update takes.
-    """
-
-    wants: tuple[str, ...] = ()
+    @property
+    def wants(self) -> tuple[str, ...]:
+        """The statistics of draws that its optimizer's update takes: names of fields of `draws.Draws`."""
+        return ()
 
     @abc.abstractmethod
     def noise(self, params: Mapping[Path, Any], key: jax.Array, curvature: Any) -> Noise:
@@ -54,7 +51,7 @@ def posteriors(opt_state: PyTree, curvature: Any = None) -> list[tuple[Posterior
         if isinstance(node, Posterior):
             found.append((node, curvature))
         elif isinstance(node, Answered):
-            found += posteriors(node.inner, node.curvature)
+            found += posteriors(*node.answer())
     return found
 
 

@@ -52,7 +52,7 @@ class IvonState(Posterior):
       hess: h.
       ess: (), that of the next draws; None until a Trainer says it.
       weight_decay: (), delta of the next draws.
-      wants: the statistic of the draws that the update takes.
+      hess_approx: the estimate of the Hessian.
     """
 
     count: jax.Array
@@ -60,7 +60,11 @@ class IvonState(Posterior):
     hess: PyTree
     ess: jax.Array | None
     weight_decay: jax.Array
-    wants: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+    hess_approx: str = dataclasses.field(metadata=dict(static=True))
+
+    @property
+    def wants(self):
+        return (HESSIANS[self.hess_approx],)
 
     def noise(self, params, key, curvature):
         scale = self.known_ess
@@ -146,18 +150,17 @@ def ivon(
     _checks.one_of("ivon(hess_approx)", hess_approx, HESSIANS)
     if clip_radius is not None:
         _checks.number_in("ivon(clip_radius)", clip_radius, 0.0, open_low=True)
-    statistic = HESSIANS[hess_approx]
 
     def init(params):
         dtype = trees.width(params)
         size = None if ess is None else jnp.asarray(ess, dtype)
         h = jax.tree.map(lambda p: jnp.full(p.shape, hess_init, dtype), params)
-        return IvonState(jnp.int32(0), trees.zeros(params), h, size, jnp.asarray(weight_decay, dtype), (statistic,))
+        return IvonState(jnp.int32(0), trees.zeros(params), h, size, jnp.asarray(weight_decay, dtype), hess_approx)
 
     def update(updates, state, params=None, *, draws=None, **extra):
         require_params("ivon", params)
         scale, delta, t = state.known_ess, state.weight_decay, state.count + 1
-        found = own_part(require_draws("ivon", draws, statistic), updates)
+        found = own_part(require_draws("ivon", draws, HESSIANS[hess_approx]), updates)
         whole = seen(b1, t, delta.dtype) if debias else 1.0
         momentum = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.momentum, trees.wide(updates))
 
@@ -174,7 +177,7 @@ def ivon(
         hess = jax.tree.map(learned, state.hess, found)
         u = jax.tree.map(step, momentum, hess, trees.wide(params))
         size = scale if ess is None else jnp.asarray(ess, scale.dtype)
-        after = IvonState(t, momentum, hess, size, jnp.asarray(weight_decay, delta.dtype), state.wants)
+        after = IvonState(t, momentum, hess, size, jnp.asarray(weight_decay, delta.dtype), hess_approx)
         return trees.cast(u, updates), after
 
     return sampling(chained("ivon", transformation(init, update), learning_rate, 0.0, None))

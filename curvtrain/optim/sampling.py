@@ -26,7 +26,7 @@ class SamplingTransformation(optax.GradientTransformationExtraArgs):
         return sample_params(opt_state, params, key, curvature)
 
 
-def sampling(tx: optax.GradientTransformation) -> SamplingTransformation:
+def sampling(tx: optax.GradientTransformationExtraArgs) -> SamplingTransformation:
     """The same transformation with a `sample`; its state, or a part of it, is a `Posterior`."""
     return SamplingTransformation(tx.init, tx.update)
 

@@ -71,7 +71,8 @@ class Plan:
         batch = self.batches.abstract(first)
         count = None
         if isinstance(train_data, Mapping):
-            count = lambda *parts: number_of_examples(self.data.sample(), task.loss, *parts, batch)
+            arrays = self.data.sample()
+            count = lambda objective, params: number_of_examples(arrays, task.loss, objective, params, batch)
         self.layout = Layout(config, task, mesh, self.tx, estimator, saved.get("curvature_choices", {}), count)
         own = task.name, optimizer, self.layout.state.opt_state
         self.sampling = Sampling.of(*own, mc_samples, predictive_samples, mesh, task.loss)

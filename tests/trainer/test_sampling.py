@@ -1,0 +1,167 @@
+"""A Trainer with an optimizer that samples: expectations over draws, averaged predictions, no noise that is kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny import Noisy, assert_trees_close, assert_trees_equal, examples, losses_of, trainer
+
+from curvtrain import CurvatureSchedule, losses, optim
+from curvtrain._keys import Purpose, fold
+from curvtrain.curvature import DiagonalFisher
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+TEST = examples(20, seed=1)
+
+
+def ivon():
+    return optim.ivon(0.2, hess_init=0.5, b2=0.9)
+
+
+def test_draws_over_a_mesh_axis_are_those_of_the_loop():
+    """Losses, parameters, the optimizer's state and statistics of batches, which are averaged over the draws."""
+    runs = {}
+    for name, mesh in {"loop": {"data": 2, "fsdp": 4}, "axis": {"data": 2, "fsdp": 2, "mc": 2}}.items():
+        options = dict(optimizer=ivon(), mc_samples=4, mesh=mesh, sharding="fsdp", log_every=1)
+        runs[name] = trainer(model=Noisy, **options)
+    loop, axis = ((run.fit(), run.state) for run in runs.values())
+    np.testing.assert_allclose(losses_of(loop[0]), losses_of(axis[0]), rtol=1e-5)
+    assert_trees_close(loop[1].params, axis[1].params, rtol=1e-4, atol=1e-6)
+    assert_trees_close(loop[1].model_state, axis[1].model_state, rtol=1e-5, atol=1e-6)
+    assert_trees_close(loop[1].opt_state, axis[1].opt_state, rtol=1e-4, atol=1e-5)
+
+
+def by_hand(run, data, step, samples):
+    """One step's loss, gradient and statistics of draws, from the state before it, with nothing of the Trainer."""
+    state, objective = run.state, run.objective
+    key = fold(jax.random.fold_in(state.key, step), Purpose.DRAWS)
+    look = lambda theta, k: objective.value_and_grad(theta, data, k)[:2]
+    return optim.at_draws(look, state.opt_state, state.params, key, samples=samples, curvature=state.curvature)
+
+
+def test_a_step_is_one_of_a_loop_of_ones_own():
+    """The gradient, its statistics, and what the estimator absorbs are means over the draws."""
+    estimator = DiagonalFisher("empirical", ema=0.0)
+    data = examples(16)
+    options = dict(optimizer=ivon(), curvature=estimator, mc_samples=3, train_data=data, steps=1, log_every=1)
+    run = trainer(schedule=CurvatureSchedule(update_every=1), **options)
+    before = run.state
+    value, grads, draws = by_hand(run, jax.tree.map(jnp.asarray, data), 0, 3)
+    updates, opt_state = ivon().update(grads, before.opt_state, before.params, draws=draws)
+    key = fold(jax.random.fold_in(before.key, 0), Purpose.DRAWS)
+    fishers = []
+    for draw in range(3):
+        at = jax.random.fold_in(key, draw)
+        theta = optim.sample_params(before.opt_state, before.params, fold(at, Purpose.SAMPLE))
+        one = estimator.update(before.curvature, run.objective, theta, data, fold(at, Purpose.NOISE))
+        fishers.append(one.values)
+    wanted = jax.tree.map(lambda *a: sum(a) / 3, *fishers)
+    result = run.fit()
+    np.testing.assert_allclose(result.metrics["train/loss"], value, rtol=1e-5)
+    assert_trees_close(run.state.params, optax.apply_updates(before.params, updates), rtol=1e-5, atol=1e-6)
+    assert_trees_close(run.state.opt_state, opt_state, rtol=1e-4, atol=1e-6)
+    assert_trees_close(run.state.curvature.values, wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_resumes_bit_by_bit_noise_included(tmp_path):
+    options = dict(model=Noisy, optimizer=ivon(), mc_samples=2, save_every=2)
+    whole = trainer(steps=5, workdir=tmp_path / "whole", **options)
+    whole.fit()
+    trainer(steps=2, workdir=tmp_path / "parts", **options).fit()
+    rest = trainer(steps=5, workdir=tmp_path / "parts", **options)
+    rest.fit()
+    data = lambda tree: jax.tree.map(lambda a: jax.random.key_data(a) if a.dtype == rest.state.key.dtype else a, tree)
+    assert_trees_equal(data(whole.state), data(rest.state))
+    other = trainer(steps=5, seed=0, **{**options, "mc_samples": 3})
+    other.fit()
+    assert np.any(other.state.params["inner"]["kernel"] != rest.state.params["inner"]["kernel"])
+
+
+def test_predictions_are_averaged_over_the_same_draws_in_every_evaluation():
+    run = trainer(optimizer=ivon(), predictive_samples=5, eval_batch_size=8)
+    run.fit()
+    scores = run.evaluate(TEST)
+    assert scores == run.evaluate(TEST)
+    state, p = run.state, []
+    for draw in range(5):
+        key = jax.random.fold_in(fold(state.key, Purpose.PREDICTIVE), draw)
+        theta = optim.sample_params(state.opt_state, state.params, key)
+        p.append(jax.nn.softmax(run.objective.predict(theta, TEST)))
+    mean = np.mean(np.asarray(p, np.float64), axis=0)
+    np.testing.assert_allclose(scores["loss"], -np.mean(np.log(mean[np.arange(20), TEST["label"]])), rtol=1e-5)
+    np.testing.assert_allclose(scores["accuracy"], np.mean(mean.argmax(-1) == TEST["label"]))
+    plain = trainer(optimizer=ivon())
+    plain.fit()
+    assert abs(plain.evaluate(TEST)["loss"] - scores["loss"]) > 1e-3  # that at the means is another
+
+
+def test_the_number_of_examples_is_that_of_the_loss(tmp_path):
+    """Rows that do not weigh zero, and of sequences their positions; a number that was said stays."""
+    size = lambda run: float(run.state.opt_state[0].ess)
+    assert size(trainer(optimizer=ivon())) == 64
+    assert size(trainer(optimizer=optim.ivon(0.1, ess=7.0))) == 7
+    assert size(trainer(optimizer=ivon(), train_data=examples() | {"mask": np.arange(64) % 4 != 0})) == 48
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(32, 5, 6)).astype(np.float32)
+    sequences = {"x": x, "label": rng.integers(0, 3, (32, 5)).astype(np.int32)}
+    assert size(trainer(optimizer=ivon(), train_data=sequences)) == 160
+    mask = np.arange(5) < rng.integers(1, 6, (32, 1))
+    assert size(trainer(optimizer=ivon(), train_data=sequences | {"mask": mask})) == mask.sum()
+    inside = optax.chain(optax.clip(1.0), optim.route([("inner", ivon()), (".*", optax.sgd(0.1))]))
+    trainer(optimizer=inside, steps=1).fit()
+
+
+class Asked:
+    """An optimizer of somebody's own: SGD that looks ahead of itself by noise."""
+
+    def init(self, params):
+        return optax.sgd(0.1).init(params)
+
+    def update(self, updates, state, params=None):
+        return optax.sgd(0.1).update(updates, state, params)
+
+    def sample(self, opt_state, params, key, curvature=None):
+        return jax.tree.map(lambda p: p + 0.1 * jax.random.normal(key, p.shape, p.dtype), params)
+
+
+def test_anybodys_optimizer_may_sample():
+    run = trainer(optimizer=Asked(), mc_samples=2, predictive_samples=2, log_every=1)
+    plain = trainer(optimizer=optax.sgd(0.1), log_every=1)
+    assert np.all(losses_of(run.fit()) != losses_of(plain.fit()))
+    assert run.evaluate(TEST) == run.evaluate(TEST)
+
+
+@pytest.mark.parametrize("loss", [losses.SoftmaxCrossEntropy(), losses.SigmoidCrossEntropy(), losses.SquaredError()])
+def test_averages_of_predictions(loss):
+    z = np.random.default_rng(0).normal(size=(7, 4, 3)) * 3
+    softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    p = {"Soft": softmax, "Sigm": lambda z: 1 / (1 + np.exp(-z)), "Squa": lambda z: z}[type(loss).__name__[:4]]
+    with jax.enable_x64(True):
+        found = loss.average(jnp.asarray(z))
+    assert found.shape == (4, 3)
+    np.testing.assert_allclose(p(np.asarray(found)), p(z).mean(0), rtol=1e-12)
+
+
+def test_an_average_belongs_to_the_values_of_its_loss():
+    class Other(losses.SoftmaxCrossEntropy):
+        def values(self, outputs, batch):
+            return super().values(outputs, batch) ** 2
+
+    class Same(Other):
+        average = losses.SoftmaxCrossEntropy.average
+
+    assert losses.SoftmaxCrossEntropy.can_average and Same.can_average
+    assert not Other.can_average and not losses.PerExample.can_average
+    with pytest.raises(TypeError, match="Other overrides the values of SoftmaxCrossEntropy and inherits its average"):
+        Other().average(jnp.zeros((2, 3, 4)))
+
+
+def test_a_run_that_does_not_sample_has_its_program():
+    """The compiled step of another optimizer does not draw: it is traced as often, and has no loop."""
+    run = trainer(optimizer=optax.adam(1e-2), mesh={"data": 8})
+    (kind,) = run._plan.programs.kinds
+    text = run._plan.programs.lower(kind).as_text()
+    assert "while" not in text and "erf_inv" not in text and run.traces <= 3
+    (kind,) = (sampled := trainer(optimizer=ivon(), mc_samples=2))._plan.programs.kinds
+    assert "erf_inv" in sampled._plan.programs.lower(kind).as_text()
