@@ -34,7 +34,7 @@ from curvtrain.curvature.posterior import Posterior, own_part
 from curvtrain.objective import by_path
 from curvtrain.optim.averages import seen
 from curvtrain.optim.base import chained, require_params, transformation
-from curvtrain.optim.sampling import SamplingTransformation, require_draws, sampling
+from curvtrain.optim.sampling import SamplingTransformation, count_of, known_size, require_draws, sampling
 
 PyTree = Any
 
@@ -67,28 +67,14 @@ class IvonState(Posterior):
         return (HESSIANS[self.hess_approx],)
 
     def noise(self, params, key, curvature):
-        scale = self.known_ess
+        scale = known_size("ivon", "ess", self.ess)
         drawn, h = by_path(trees.normal(key, self.hess)), by_path(self.hess)
         return {path: e * jax.lax.rsqrt(scale * (h[path] + self.weight_decay)) for path, e in drawn.items()}
-
-    @property
-    def known_ess(self) -> jax.Array:
-        """ess. Raises ValueError if nobody has said it."""
-        if self.ess is None:
-            raise ValueError(
-                "ivon(ess) is None, which is the number of training examples in a Trainer. In a loop of your own pass "
-                "this number, ivon(learning_rate, ess)."
-            )
-        return self.ess
 
     def with_examples(self, examples):
         if self.ess is not None:
             return self
-        if examples is None:
-            raise ValueError(
-                "ivon(ess) is None, and train_data does not say how many examples it has. Pass ess, their number."
-            )
-        return dataclasses.replace(self, ess=jnp.asarray(examples(), self.weight_decay.dtype))
+        return dataclasses.replace(self, ess=jnp.asarray(count_of("ivon", "ess", examples), self.weight_decay.dtype))
 
 
 def ivon(
@@ -159,7 +145,7 @@ def ivon(
 
     def update(updates, state, params=None, *, draws=None, **extra):
         require_params("ivon", params)
-        scale, delta, t = state.known_ess, state.weight_decay, state.count + 1
+        scale, delta, t = known_size("ivon", "ess", state.ess), state.weight_decay, state.count + 1
         found = own_part(require_draws("ivon", draws, HESSIANS[hess_approx]), updates)
         whole = seen(b1, t, delta.dtype) if debias else 1.0
         momentum = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.momentum, trees.wide(updates))

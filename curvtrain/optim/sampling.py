@@ -1,5 +1,6 @@
 """Optimizers that sample: how they are made, and what a loop of one's own needs for them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -45,3 +46,23 @@ def require_draws(optimizer: str, draws: Any, statistic: str) -> PyTree:
     if found is None:
         raise TypeError(f"{optimizer}.update(draws=) has no {statistic}: they are of another optimizer. {advice}")
     return found
+
+
+def known_size(optimizer: str, argument: str, size: jax.Array | None) -> jax.Array:
+    """The number of examples in a state. Raises ValueError if nobody has said it."""
+    if size is None:
+        raise ValueError(
+            f"{optimizer}({argument}) is None, which is the number of training examples in a Trainer. In a loop of "
+            f"your own pass this number, {optimizer}(learning_rate, {argument})."
+        )
+    return size
+
+
+def count_of(optimizer: str, argument: str, examples: Callable[[], int] | None) -> int:
+    """The number of examples that a Trainer counts. Raises ValueError if it cannot."""
+    if examples is None:
+        raise ValueError(
+            f"{optimizer}({argument}) is None, and train_data does not say how many examples it has. Pass their "
+            f"number, {optimizer}(learning_rate, {argument})."
+        )
+    return examples()

@@ -1,0 +1,169 @@
+"""VOGN and noisy K-FAC against their formulas in float64, and against a posterior that is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from bayes import FEATURES, OUTPUTS, PRIOR, N, closed_form, drawn, problem, trained
+from flax import nnx
+from jax.flatten_util import ravel_pytree
+from numpy_mlp import begin, gradient
+
+from curvtrain import Objective, losses, optim
+from curvtrain._keys import Purpose, fold
+from curvtrain.curvature import KFAC, Diagonal, DiagonalFisher, FullBlock, trees
+
+RATE, SIZE, STEPS, SAMPLES = 0.05, 30.0, 20, 2
+KEY = jax.random.key(0)
+
+
+def noise_of(step, draw):
+    """Standard normal numbers of a draw, as the package makes them."""
+    key = fold(jax.random.fold_in(jax.random.key(step), draw), Purpose.SAMPLE)
+    drawn = trees.normal(jax.random.fold_in(key, 0), jax.tree.map(jnp.asarray, begin()))
+    return {name: np.asarray(e) for name, e in drawn.items()}
+
+
+def curvature_at(step):
+    """Some positive diagonal, like the parameters."""
+    rng = np.random.default_rng(step)
+    return {name: rng.uniform(0.1, 2.0, a.shape) for name, a in begin().items()}
+
+
+def reference(prior=1.0, damping=0.0, tau=lambda t: 1.0, first=None, momentum=0.0, raw=False, beta=0.0, decay=0.0):
+    """The recursion of PyTorch-SSO's VIOptimizer, with beta the share of the old gradient and its average debiased."""
+    m = begin()
+    buffer, average = ({k: np.zeros_like(a) for k, a in m.items()} for _ in range(2))
+    C = None
+    for t in range(STEPS):
+        l2, std = tau(t) * prior / SIZE, np.sqrt(tau(t) / SIZE)
+        g = {k: np.zeros_like(a) for k, a in m.items()}
+        for draw in range(SAMPLES):
+            e = noise_of(t, draw)
+            if C is None:
+                root = dict.fromkeys(m, 0.0 if first is None else (first + damping + l2) ** (-0.5))
+            else:
+                root = {k: (C[k] + damping + l2) ** -0.5 for k in m}
+            at = gradient({k: m[k] + std * root[k] * e[k] for k in m}, t)
+            g = {k: g[k] + at[k] / SAMPLES for k in m}
+        C = curvature_at(t)
+        for k in m:
+            x = g[k] + l2 * m[k]
+            if raw:
+                x = buffer[k] = momentum * buffer[k] + x
+            average[k] = beta * average[k] + (1 - beta) * x
+            x = average[k] / (1 - beta ** (t + 1))
+            x = x / (C[k] + damping + l2) + decay * m[k]
+            if not raw:
+                x = buffer[k] = momentum * buffer[k] + x
+            m[k] = m[k] - RATE * x
+    return m
+
+
+WARM = lambda t: 0.1 + 0.09 * jnp.minimum(t, 10)  # optax's schedules are float32
+OPTIONS = {
+    "defaults": (dict(), dict()),
+    "prior, damping": (
+        dict(prior_precision=5.0, damping=0.1, init_precision=2.0),
+        dict(prior=5.0, damping=0.1, first=2.0),
+    ),
+    "warm-up": (dict(kl_weight=WARM, momentum=0.9), dict(tau=lambda t: 0.1 + 0.09 * min(t, 10), momentum=0.9)),
+    "raw": (
+        dict(momentum=0.8, momentum_type="raw", gradient_decay=0.9, weight_decay=0.1),
+        dict(momentum=0.8, raw=True, beta=0.9, decay=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "same"), OPTIONS.values(), ids=OPTIONS)
+def test_replays_the_formulas(options, same):
+    with jax.enable_x64(True):
+        tx, params = optim.vogn(RATE, SIZE, **options), jax.tree.map(jnp.asarray, begin())
+        state, C = tx.init(params), Diagonal(trees.zeros(params))
+        for step in range(STEPS):
+
+            def look(theta, _, step=step):
+                shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), theta)
+                of = lambda t: gradient(jax.tree.map(np.asarray, t), step)
+                return jnp.zeros(()), jax.pure_callback(of, shapes, theta)
+
+            key = jax.random.key(step)
+            _, grads, draws = optim.at_draws(look, state, params, key, samples=SAMPLES, curvature=C)
+            C = Diagonal(jax.tree.map(jnp.asarray, curvature_at(step)))
+            updates, state = tx.update(grads, state, params, curvature=C, draws=draws)
+            params = optax.apply_updates(params, updates)
+        right = reference(**same)
+        for name in right:
+            np.testing.assert_allclose(params[name], right[name], rtol=1e-9, atol=1e-12)
+
+
+ESTIMATORS = {
+    "diagonal": DiagonalFisher("exact", ema=0.0),
+    "Kronecker": KFAC("exact", ema=0.0, inverse="eigh"),
+    "full": FullBlock("exact", ema=0.0),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_learns_the_posterior_of_a_linear_regression(name):
+    """Its mean; its covariance, where the posterior can hold it: Kronecker factors and blocks can, for G = I."""
+    mean, precision = closed_form()
+    tx = optim.vogn(lambda t: 4 / (16 + t), N, PRIOR)
+    params, state, C = trained(tx, 2000, 8, ESTIMATORS[name])
+    theta = drawn(state, params, C, 20_000)
+    covariance = np.diag(1 / np.diag(precision)) if name == "diagonal" else np.linalg.inv(precision)
+    scale = np.sqrt(np.diag(covariance))
+    assert np.all(np.abs(params["kernel"] - mean) < 0.03 * scale[:, None])
+    flat = (theta - mean).transpose(0, 2, 1).reshape(len(theta), -1)  # output by output
+    found = flat.T @ flat / len(flat)
+    wanted = np.kron(np.eye(OUTPUTS), covariance)
+    size = np.tile(scale, OUTPUTS)
+    np.testing.assert_allclose(found / np.outer(size, size), wanted / np.outer(size, size), atol=0.04)
+
+
+@pytest.mark.parametrize("inverse", ["eigh", "ekfac"])
+def test_the_covariance_of_a_kronecker_sample_is_the_inverse(inverse):
+    """Exactly, by its root as a matrix, and not with the factors on the wrong sides."""
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    objective, params = Objective.from_model(model, lambda m, b: m(b["x"]), losses.SoftmaxCrossEntropy())
+    rng = np.random.default_rng(0)
+    data = {"x": jnp.asarray(rng.normal(size=(8, 3)), jnp.float32), "label": jnp.asarray(rng.integers(0, 4, 8))}
+    estimator = KFAC("exact", inverse=inverse)
+    C = estimator.init(objective, params)
+    for _ in range(2):
+        C = estimator.update(C, objective, params, data, KEY)
+        C = estimator.refresh(C, objective, params, data, KEY)
+    state = optim.vogn(0.1, 50.0, 5.0).init(params)
+    state = jax.tree.map(lambda a: a + 1 if a.dtype == jnp.int32 else a, state)  # one update later
+    root = lambda e: ravel_pytree(C.power(e, 0.1, -0.5))[0]
+    flat, unravel = ravel_pytree(params)
+    L = np.asarray(jax.vmap(lambda e: root(unravel(e)), out_axes=1)(jnp.eye(flat.size)), np.float64)
+    P = np.asarray(C.as_matrix(), np.float64) + 0.1 * np.eye(flat.size)
+    np.testing.assert_allclose(L @ L.T @ P, np.eye(flat.size), atol=2e-4)
+    draws = jax.vmap(lambda k: ravel_pytree(optim.sample_params(state, params, k, C))[0] - flat)
+    n = np.asarray(draws(jax.random.split(KEY, 40_000)), np.float64)
+    whitened = np.linalg.cholesky(50.0 * P).T @ n.T  # of covariance 1, whatever is sampled
+    np.testing.assert_allclose(whitened @ whitened.T / len(n.T[0]), np.eye(flat.size), atol=0.04)
+
+
+def test_the_first_step_has_no_noise_or_that_of_its_precision():
+    objective, params = problem()
+    C = DiagonalFisher("exact").init(objective, params)
+    for precision, deviation in ((None, 0.0), (3.0, 1 / np.sqrt(N * (3.0 + PRIOR / N)))):
+        state = optim.vogn(0.1, N, PRIOR, init_precision=precision).init(params)
+        theta = drawn(state, params, C, 4000) - np.asarray(params["kernel"])
+        np.testing.assert_allclose(theta.std(0), np.full((FEATURES, OUTPUTS), deviation), rtol=0.05)
+
+
+def test_in_a_chain_of_parts():
+    """A part of the parameters has a posterior; it draws with a curvature of more than these."""
+    _, params = problem()
+    params = {"first": params["kernel"], "second": params["kernel"]}
+    tx = optim.route([("first", optim.vogn(0.1, N)), ("second", optax.sgd(0.1))])
+    C = Diagonal(jax.tree.map(jnp.ones_like, params))
+    state = tx.init(params)
+    _, state = tx.update(params, state, params, curvature=C)
+    theta = optim.sample_params(state, params, KEY, C)
+    assert np.all(theta["first"] != params["first"])
+    np.testing.assert_array_equal(theta["second"], params["second"])
