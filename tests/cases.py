@@ -107,6 +107,10 @@ OPTIMIZERS = {
     "soap": (lambda: optim.soap(0.01, nesterov=True), GradientKronecker()),
     "kl_shampoo": (lambda: optim.kl_shampoo(0.01), GradientKronecker("kl", decay=0.98)),
     "shampoo": (lambda: optim.shampoo(0.01, exponent=-0.25, graft="sgd"), GradientKronecker(eigenvalues="product")),
+    "ivon": (lambda: optim.ivon(0.1, 50.0, 0.5, b2=0.9), DiagonalFisher()),
+    "ivon, gradsq": (lambda: optim.ivon(0.1, 50.0, hess_approx="gradsq", clip_radius=1.0), DiagonalFisher()),
+    "vogn": (lambda: optim.vogn(0.1, 50.0, 2.0, kl_weight=optax.linear_schedule(0.1, 1.0, 5)), DiagonalFisher()),
+    "vogn, Kronecker": (lambda: optim.vogn(0.1, 50.0, momentum=0.9), KFAC(inverse="eigh", **PLAIN)),
     "psgd": (lambda: optim.psgd(0.01, weight_decay=0.1, clip_global_norm=1.0), PSGD()),
     "psgd, nesterov": (lambda: optim.psgd(0.01, nesterov=True, style="adam"), PSGD(Kron("EQ"), "hessian")),
 }
