@@ -79,6 +79,7 @@ class VognState(Posterior):
         damping = self.inner.damping
         first = jnp.where(jnp.isinf(self.init_precision), 0.0, jax.lax.rsqrt(self.init_precision + damping))
         begins = self.inner.count == 0
+        _require_root(C, to(e))
         root = back(C.power(to(e), damping, -0.5))
         choose = lambda e, r: scale * jnp.where(begins, first * e, r)
         return by_path(jax.tree.map(choose, e, root))
@@ -177,7 +178,7 @@ def vogn(
         C = require_curvature("vogn", curvature, Curvature, ESTIMATORS)
         N, tau, s = known_size("vogn", "data_size", state.data_size), state.kl_weight, state.prior_precision
         to, _ = vectors_for("vogn", C, updates)
-        jax.eval_shape(lambda v: C.power(v, 1.0, -0.5), to(updates))  # refused here, not when somebody draws
+        _require_root(C, to(updates))  # refused here, too, not just when somebody draws
         delta, inner = stages(tau * s / N).update(updates, state.inner, params, curvature=C)
         number = lambda x: jnp.asarray(x, tau.dtype)
         size = N if data_size is None else number(data_size)
@@ -187,3 +188,14 @@ def vogn(
         return delta, VognState(inner, size, tau, s, state.init_precision)
 
     return sampling(transformation(init, update))
+
+
+def _require_root(C: Curvature, vector: PyTree) -> None:
+    """Raises TypeError if a curvature has no root to draw with; computes nothing."""
+    try:
+        jax.eval_shape(lambda v: C.power(v, 1.0, -0.5), vector)
+    except TypeError as error:
+        raise TypeError(
+            f"vogn draws with the root (C + damping I)^-0.5, which {type(C).__name__} does not have here. Take "
+            f"{ESTIMATORS}."
+        ) from error

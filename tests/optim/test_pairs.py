@@ -50,7 +50,7 @@ ESTIMATORS = {
     "GradientKronecker": GradientKronecker(),
     "PSGD": PSGD(),
 }
-REFUSALS = re.compile(r"takes|has no power -0\.5|kfac|natural_gradient")
+REFUSALS = re.compile(r"takes|draws with the root|has no power -0\.5|kfac|natural_gradient")
 
 
 def promised():

@@ -9,7 +9,7 @@ from tiny import Noisy, assert_trees_close, assert_trees_equal, examples, losses
 
 from curvtrain import CurvatureSchedule, losses, optim
 from curvtrain._keys import Purpose, fold
-from curvtrain.curvature import DiagonalFisher
+from curvtrain.curvature import KFAC, DiagonalFisher
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TEST = examples(20, seed=1)
@@ -19,17 +19,30 @@ def ivon():
     return optim.ivon(0.2, hess_init=0.5, b2=0.9)
 
 
-def test_draws_over_a_mesh_axis_are_those_of_the_loop():
-    """Losses, parameters, the optimizer's state and statistics of batches, which are averaged over the draws."""
-    runs = {}
-    for name, mesh in {"loop": {"data": 2, "fsdp": 4}, "axis": {"data": 2, "fsdp": 2, "mc": 2}}.items():
-        options = dict(optimizer=ivon(), mc_samples=4, mesh=mesh, sharding="fsdp", log_every=1)
-        runs[name] = trainer(model=Noisy, **options)
-    loop, axis = ((run.fit(), run.state) for run in runs.values())
-    np.testing.assert_allclose(losses_of(loop[0]), losses_of(axis[0]), rtol=1e-5)
-    assert_trees_close(loop[1].params, axis[1].params, rtol=1e-4, atol=1e-6)
-    assert_trees_close(loop[1].model_state, axis[1].model_state, rtol=1e-5, atol=1e-6)
-    assert_trees_close(loop[1].opt_state, axis[1].opt_state, rtol=1e-4, atol=1e-5)
+def vogn(**options):
+    """Of Kronecker factors, which are absorbed and factorised every step."""
+    estimator = KFAC("empirical", ema=0.5, inverse="eigh")
+    schedule = CurvatureSchedule(update_every=1, refresh_every=1)
+    tx = optim.vogn(0.05, prior_precision=5.0, init_precision=1.0, momentum=0.5)
+    return dict(optimizer=tx, curvature=estimator, schedule=schedule, **options)
+
+
+RUNS = {
+    "ivon": dict(model=Noisy, optimizer=ivon(), mc_samples=4),
+    "ivon, in pieces": dict(optimizer=optax.chain(optax.clip(1.0), ivon()), mc_samples=2, accumulate=2),
+    "vogn": vogn(mc_samples=2),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_draws_over_a_mesh_axis_are_those_of_the_loop(name):
+    """Losses, and all of the state: what batches do to the model's state, too, is averaged over the draws."""
+    options = dict(sharding="fsdp", log_every=1, **RUNS[name])
+    loop = trainer(mesh={"data": 2, "fsdp": 4}, **options)
+    axis = trainer(mesh={"data": 2, "fsdp": 2, "mc": 2}, **options)
+    np.testing.assert_allclose(losses_of(loop.fit()), losses_of(axis.fit()), rtol=1e-5)
+    for part in ("params", "model_state", "opt_state"):
+        assert_trees_close(getattr(loop.state, part), getattr(axis.state, part), rtol=1e-4, atol=2e-5)
 
 
 def by_hand(run, data, step, samples):
@@ -64,8 +77,9 @@ def test_a_step_is_one_of_a_loop_of_ones_own():
     assert_trees_close(run.state.curvature.values, wanted, rtol=1e-4, atol=1e-7)
 
 
-def test_resumes_bit_by_bit_noise_included(tmp_path):
-    options = dict(model=Noisy, optimizer=ivon(), mc_samples=2, save_every=2)
+@pytest.mark.parametrize("name", ["ivon", "vogn"])
+def test_resumes_bit_by_bit_noise_included(name, tmp_path):
+    options = dict(save_every=2, **RUNS[name])
     whole = trainer(steps=5, workdir=tmp_path / "whole", **options)
     whole.fit()
     trainer(steps=2, workdir=tmp_path / "parts", **options).fit()
@@ -73,9 +87,6 @@ def test_resumes_bit_by_bit_noise_included(tmp_path):
     rest.fit()
     data = lambda tree: jax.tree.map(lambda a: jax.random.key_data(a) if a.dtype == rest.state.key.dtype else a, tree)
     assert_trees_equal(data(whole.state), data(rest.state))
-    other = trainer(steps=5, seed=0, **{**options, "mc_samples": 3})
-    other.fit()
-    assert np.any(other.state.params["inner"]["kernel"] != rest.state.params["inner"]["kernel"])
 
 
 def test_predictions_are_averaged_over_the_same_draws_in_every_evaluation():
@@ -130,6 +141,17 @@ def test_anybodys_optimizer_may_sample():
     plain = trainer(optimizer=optax.sgd(0.1), log_every=1)
     assert np.all(losses_of(run.fit()) != losses_of(plain.fit()))
     assert run.evaluate(TEST) == run.evaluate(TEST)
+
+
+def test_predictions_are_drawn_with_the_curvature():
+    run = trainer(eval_data=TEST, predictive_samples=3, **vogn())
+    result = run.fit()
+    assert result.metrics["eval/loss"] == run.evaluate(TEST)["loss"]
+    plain = trainer(**vogn())
+    plain.fit()
+    assert_trees_equal(plain.state.params, run.state.params)
+    assert abs(plain.evaluate(TEST)["loss"] - run.evaluate(TEST)["loss"]) > 1e-3
+    assert run.state.opt_state.data_size == 64
 
 
 @pytest.mark.parametrize("loss", [losses.SoftmaxCrossEntropy(), losses.SigmoidCrossEntropy(), losses.SquaredError()])
