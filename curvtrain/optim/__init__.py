@@ -20,6 +20,7 @@ from curvtrain.optim.kl_shampoo import kl_shampoo as kl_shampoo
 from curvtrain.optim.kl_shampoo import scale_by_kl_shampoo as scale_by_kl_shampoo
 from curvtrain.optim.links import add_cautious_decay as add_cautious_decay
 from curvtrain.optim.links import scale_by_norm as scale_by_norm
+from curvtrain.optim.log_vogn import log_vogn as log_vogn
 from curvtrain.optim.muon import muon as muon
 from curvtrain.optim.natural_gradient import natural_gradient as natural_gradient
 from curvtrain.optim.normuon import normuon as normuon
