@@ -540,6 +540,12 @@ MISTAKES = [
         "sample_params(opt_state): there is no posterior in this state, so there is nothing to draw from. Pass the "
         "state of an optimizer that samples, as its init and update return it.",
     ),
+    (
+        lambda: optim.log_vogn(1.5, 10),
+        ValueError,
+        "log_vogn(learning_rate) should be above 0.0 and below 1.0, not 1.5.",
+    ),
+    (lambda: optim.log_vogn(0.1, -1), ValueError, "log_vogn(data_size) should be above 0.0, not -1."),
     (lambda: optim.vogn(-0.1, 10), ValueError, "vogn(learning_rate) should be above 0.0, not -0.1."),
     (lambda: optim.vogn(0.1, 0), ValueError, "vogn(data_size) should be above 0.0, not 0."),
     (lambda: optim.vogn(0.1, 10, 0.0), ValueError, "vogn(prior_precision) should be above 0.0, not 0.0."),

@@ -22,6 +22,7 @@ So sigma is positive by construction, for a_t T < 1, and it rests where sigma^2 
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -90,13 +91,13 @@ def log_vogn(
     it is used as `vogn` is, and draws need no curvature.
 
     Args:
-      learning_rate: a positive number or a schedule.
+      learning_rate: a number in (0, 1), or a schedule of such; with a curvature_rate, any positive one.
       data_size: N; None: the number of training examples, which a Trainer knows.
       prior_precision: s, above 0.
       b1: decay of g_m.
       damping: lambda.
       temperature: T; below 1 the posterior is colder.
-      curvature_rate: a_t, in (0, 1); None: the learning rate, which then stays below 1 / T.
+      curvature_rate: a_t, in (0, 1) and below 1 / T; None: the learning rate.
       init_sigma: the first sigma.
 
     Returns:
@@ -107,13 +108,13 @@ def log_vogn(
       TypeError, ValueError: options out of range; in `sample` and `update`, a data size that nobody has said, and a
         curvature that is missing or of other parameters.
     """
-    positive = dict(
-        data_size=data_size, prior_precision=prior_precision, temperature=temperature, init_sigma=init_sigma
-    )
-    positive |= {} if callable(learning_rate) else dict(learning_rate=learning_rate)
+    positive = dict(prior_precision=prior_precision, temperature=temperature, init_sigma=init_sigma)
+    positive |= {} if data_size is None else dict(data_size=data_size)
     for name, value in positive.items():
-        if not (name == "data_size" and value is None):
-            _checks.number_in(f"log_vogn({name})", value, 0.0, open_low=True)
+        _checks.number_in(f"log_vogn({name})", value, 0.0, open_low=True)
+    if not callable(learning_rate):
+        high = 1.0 if curvature_rate is None else math.inf
+        _checks.number_in("log_vogn(learning_rate)", learning_rate, 0.0, high, open_low=True, open_high=True)
     _checks.number_in("log_vogn(b1)", b1, 0.0, 1.0, open_high=True)
     _checks.number_in("log_vogn(damping)", damping, 0.0)
     if curvature_rate is not None:

@@ -51,6 +51,11 @@ CASES = {
         dict(learning_rate=0.1, data_size=50.0, prior_precision=2.0, damping=0.1, kl_weight=0.5, init_precision=3.0),
         DiagonalFisher("exact"),
     ),
+    "log_vogn": (
+        optim.log_vogn,
+        dict(learning_rate=0.1, data_size=50.0, prior_precision=2.0, damping=0.1, temperature=0.5, init_sigma=0.5),
+        DiagonalFisher("exact"),
+    ),
     "scale_by_curvature": (optim.scale_by_curvature, dict(damping=0.1), DiagonalFisher("exact")),
     "scale_by_curvature, root": (optim.scale_by_curvature, dict(damping=0.1, exponent=-0.5), DiagonalFisher("exact")),
 }

@@ -34,6 +34,7 @@ OPTIMIZERS = {
     "scale_by_curvature(damping)": lambda: optim.scale_by_curvature(0.1),
     "scale_by_curvature(damping, -0.5)": lambda: optim.scale_by_curvature(0.1, -0.5),
     "vogn(rate)": lambda: optim.vogn(0.1, 50.0),
+    "log_vogn(rate)": lambda: optim.log_vogn(0.1, 50.0),
     "psgd(rate)": lambda: optim.psgd(0.1),
     "soap(rate)": lambda: optim.soap(0.1),
     "shampoo(rate)": lambda: optim.shampoo(0.1),

@@ -8,21 +8,13 @@ import pytest
 from bayes import FEATURES, OUTPUTS, PRIOR, N, closed_form, drawn, problem, trained
 from flax import nnx
 from jax.flatten_util import ravel_pytree
-from numpy_mlp import begin, gradient
+from numpy_mlp import begin, gradient, noise_of, replay_draws
 
 from curvtrain import Objective, losses, optim
-from curvtrain._keys import Purpose, fold
-from curvtrain.curvature import KFAC, Diagonal, DiagonalFisher, FullBlock, trees
+from curvtrain.curvature import KFAC, Diagonal, DiagonalFisher, FullBlock
 
 RATE, SIZE, STEPS, SAMPLES = 0.05, 30.0, 20, 2
 KEY = jax.random.key(0)
-
-
-def noise_of(step, draw):
-    """Standard normal numbers of a draw, as the package makes them."""
-    key = fold(jax.random.fold_in(jax.random.key(step), draw), Purpose.SAMPLE)
-    drawn = trees.normal(jax.random.fold_in(key, 0), jax.tree.map(jnp.asarray, begin()))
-    return {name: np.asarray(e) for name, e in drawn.items()}
 
 
 def curvature_at(step):
@@ -78,24 +70,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize(("options", "same"), OPTIONS.values(), ids=OPTIONS)
 def test_replays_the_formulas(options, same):
-    with jax.enable_x64(True):
-        tx, params = optim.vogn(RATE, SIZE, **options), jax.tree.map(jnp.asarray, begin())
-        state, C = tx.init(params), Diagonal(trees.zeros(params))
-        for step in range(STEPS):
-
-            def look(theta, _, step=step):
-                shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), theta)
-                of = lambda t: gradient(jax.tree.map(np.asarray, t), step)
-                return jnp.zeros(()), jax.pure_callback(of, shapes, theta)
-
-            key = jax.random.key(step)
-            _, grads, draws = optim.at_draws(look, state, params, key, samples=SAMPLES, curvature=C)
-            C = Diagonal(jax.tree.map(jnp.asarray, curvature_at(step)))
-            updates, state = tx.update(grads, state, params, curvature=C, draws=draws)
-            params = optax.apply_updates(params, updates)
-        right = reference(**same)
-        for name in right:
-            np.testing.assert_allclose(params[name], right[name], rtol=1e-9, atol=1e-12)
+    tx, right = optim.vogn(RATE, SIZE, **options), reference(**same)
+    assert replay_draws(tx, right, STEPS, SAMPLES, curvature_at) < 1e-9
 
 
 ESTIMATORS = {
@@ -145,6 +121,47 @@ def test_the_covariance_of_a_kronecker_sample_is_the_inverse(inverse):
     n = np.asarray(draws(jax.random.split(KEY, 40_000)), np.float64)
     whitened = np.linalg.cholesky(50.0 * P).T @ n.T  # of covariance 1, whatever is sampled
     np.testing.assert_allclose(whitened @ whitened.T / len(n.T[0]), np.eye(flat.size), atol=0.04)
+
+
+def later_reference(prior=1.0, b1=0.9, damping=0.0, T=1.0, share=RATE, first=1.0):
+    """The recursion of the authors' later program."""
+    m = begin()
+    g_m = {k: np.zeros_like(a) for k, a in m.items()}
+    logs = {k: np.full_like(a, np.log(first)) for k, a in m.items()}
+    for t in range(STEPS):
+        sigma = {k: np.exp(x) for k, x in logs.items()}
+        at = [noise_of(t, draw) for draw in range(SAMPLES)]
+        g = [gradient({k: m[k] + sigma[k] * e[k] / np.sqrt(SIZE) for k in m}, t) for e in at]
+        for k in m:
+            g_m[k] = b1 * g_m[k] + (1 - b1) * (sum(x[k] for x in g) / SAMPLES + prior / SIZE * m[k])
+            f = (prior / SIZE + damping + curvature_at(t)[k]) * sigma[k] ** 2 - T
+            m[k] = m[k] - RATE * sigma[k] ** 2 * g_m[k]
+            logs[k] = logs[k] - 0.5 * np.log1p(share * f)
+    return m
+
+
+LATER = {
+    "defaults": (dict(), dict()),
+    "all": (
+        dict(prior_precision=3.0, b1=0.5, damping=0.2, temperature=0.5, curvature_rate=0.3, init_sigma=0.4),
+        dict(prior=3.0, b1=0.5, damping=0.2, T=0.5, share=0.3, first=0.4),
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "same"), LATER.values(), ids=LATER)
+def test_replays_the_later_formulas(options, same):
+    tx, right = optim.log_vogn(RATE, SIZE, **options), later_reference(**same)
+    assert replay_draws(tx, right, STEPS, SAMPLES, curvature_at) < 1e-9
+
+
+def test_the_later_form_learns_the_posterior_of_a_linear_regression():
+    mean, precision = closed_form()
+    tx = optim.log_vogn(lambda t: 4 / (16 + t), N, PRIOR)
+    params, state, _ = trained(tx, 2000, 8, ESTIMATORS["diagonal"])
+    sigma = (1 / np.sqrt(np.diag(precision)))[:, None] * np.ones((1, OUTPUTS))
+    assert np.all(np.abs(params["kernel"] - mean) < 0.05 * sigma)
+    np.testing.assert_allclose(drawn(state, params, count=20_000).std(0), sigma, rtol=0.02)
 
 
 def test_the_first_step_has_no_noise_or_that_of_its_precision():
