@@ -546,6 +546,12 @@ MISTAKES = [
         "log_vogn(learning_rate) should be above 0.0 and below 1.0, not 1.5.",
     ),
     (lambda: optim.log_vogn(0.1, -1), ValueError, "log_vogn(data_size) should be above 0.0, not -1."),
+    (
+        lambda: optim.vogn_preset("lenet5", 60_000, 100),
+        ValueError,
+        "vogn_preset(name) should be one of 'lenet', 'lenet_kfac', 'resnet18_cifar10', 'resnet18_imagenet', not "
+        "'lenet5'. Did you mean 'lenet'?",
+    ),
     (lambda: optim.vogn(-0.1, 10), ValueError, "vogn(learning_rate) should be above 0.0, not -0.1."),
     (lambda: optim.vogn(0.1, 0), ValueError, "vogn(data_size) should be above 0.0, not 0."),
     (lambda: optim.vogn(0.1, 10, 0.0), ValueError, "vogn(prior_precision) should be above 0.0, not 0.0."),

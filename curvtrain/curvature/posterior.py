@@ -28,6 +28,11 @@ class Posterior(abc.ABC):
         """The statistics of draws that its optimizer's update takes: names of fields of `draws.Draws`."""
         return ()
 
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """The fields that are numbers of the program: a resumed run takes those of the new program."""
+        return ()
+
     @abc.abstractmethod
     def noise(self, params: Mapping[Path, Any], key: jax.Array, curvature: Any) -> Noise:
         """One draw less the mean, by path, in the dtype of `trees.width`.

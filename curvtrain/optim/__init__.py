@@ -42,3 +42,4 @@ from curvtrain.optim.shampoo import shampoo as shampoo
 from curvtrain.optim.soap import scale_by_soap as scale_by_soap
 from curvtrain.optim.soap import soap as soap
 from curvtrain.optim.vogn import vogn as vogn
+from curvtrain.optim.vogn_presets import vogn_preset as vogn_preset

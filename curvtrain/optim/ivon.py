@@ -66,6 +66,10 @@ class IvonState(Posterior):
     def wants(self):
         return (HESSIANS[self.hess_approx],)
 
+    @property
+    def constants(self):
+        return "ess", "weight_decay"
+
     def noise(self, params, key, curvature):
         scale = known_size("ivon", "ess", self.ess)
         drawn, h = by_path(trees.normal(key, self.hess)), by_path(self.hess)

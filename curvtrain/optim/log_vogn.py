@@ -61,6 +61,10 @@ class LogVognState(Posterior):
     data_size: jax.Array | None
     request: Request
 
+    @property
+    def constants(self):
+        return ("data_size",)
+
     def noise(self, params, key, curvature):
         root = jnp.sqrt(known_size("log_vogn", "data_size", self.data_size))
         e, logs = by_path(trees.normal(key, self.log_sigma)), by_path(self.log_sigma)

@@ -65,6 +65,10 @@ class VognState(Posterior):
     prior_precision: jax.Array
     init_precision: jax.Array
 
+    @property
+    def constants(self):
+        return "data_size", "prior_precision"
+
     def noise(self, params, key, curvature):
         if curvature is None:
             raise TypeError(

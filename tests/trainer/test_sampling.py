@@ -1,5 +1,7 @@
 """A Trainer with an optimizer that samples: expectations over draws, averaged predictions, no noise that is kept."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ from tiny import Noisy, assert_trees_close, assert_trees_equal, examples, losses
 
 from curvtrain import CurvatureSchedule, losses, optim
 from curvtrain._keys import Purpose, fold
-from curvtrain.curvature import KFAC, DiagonalFisher
+from curvtrain.curvature import KFAC, Diagonal, DiagonalFisher
+from curvtrain.trainer.run.resuming import with_new_constants
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TEST = examples(20, seed=1)
@@ -123,6 +126,44 @@ def test_the_number_of_examples_is_that_of_the_loss(tmp_path):
     assert size(trainer(optimizer=ivon(), train_data=sequences | {"mask": mask})) == mask.sum()
     inside = optax.chain(optax.clip(1.0), optim.route([("inner", ivon()), (".*", optax.sgd(0.1))]))
     trainer(optimizer=inside, steps=1).fit()
+
+
+PRESETS = {  # name -> (N, rates at the beginning, after 10 and after 70 epochs of 4 steps)
+    "lenet": (64, 0.01, 0.01 * 0.9**10, 0.01 * 0.9**70),
+    "lenet_kfac": (64, 4e-3, 4e-3, 4e-3),
+    "resnet18_cifar10": (640, 1e-4, 1e-4, 1e-4),
+    "resnet18_imagenet": (320, 0.0, 1.6e-3, 1.6e-5),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_train(name):
+    """Their draws are as many as they say; rates are read off a step of a known gradient."""
+    preset = optim.vogn_preset(name, 64, 4)
+    tx, params = preset["optimizer"], {"a": jnp.ones(2)}
+    size, *rates = PRESETS[name]
+    state = tx.init(params)
+    assert state.data_size == size
+    for epochs, rate in zip((0, 10, 70), rates, strict=True):
+        at = dataclasses.replace(state, inner=state.inner._replace(count=jnp.int32(4 * epochs)))
+        step = lambda g, at=at: tx.update({"a": jnp.full(2, g)}, at, params, curvature=Diagonal({"a": jnp.ones(2)}))[0]
+        share = 1 if at.inner.average is None else 0.1 / (1 - 0.9 ** (4 * epochs + 1))
+        moved = (step(1.0)["a"] - step(0.0)["a"]) * (1 + state.inner.damping) / share
+        np.testing.assert_allclose(moved, -rate, rtol=1e-4, atol=1e-9)
+    if preset["mc_samples"] <= 10:
+        result = trainer(eval_data=TEST, **preset).fit()
+        assert np.isfinite(result.metrics["eval/loss"])
+
+
+def test_a_resumed_run_takes_the_numbers_of_the_new_program():
+    """Those that make the posterior: given, and counted by the Trainer."""
+    old = trainer(model=Noisy, optimizer=optim.ivon(0.1, 7.0, weight_decay=0.2)).state
+    for tx, ess in ((optim.ivon(0.1, 9.0), 9.0), (optim.ivon(0.1), 64.0)):
+        state, changed = with_new_constants(trainer(model=Noisy, optimizer=tx)._plan, old)
+        assert state.opt_state[0].ess == ess and changed["opt_state/0/ess"] == (7.0, ess)
+        np.testing.assert_allclose(state.opt_state[0].weight_decay, 1e-4)
+    state, _ = with_new_constants(trainer(**vogn())._plan, trainer(**vogn()).state)
+    assert state.opt_state.data_size == 64 and state.opt_state.prior_precision == 5
 
 
 class Asked:

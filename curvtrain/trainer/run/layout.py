@@ -126,6 +126,11 @@ class Layout:
 
         return jax.jit(begin, out_shardings=self.shardings)()
 
+    def first_opt_state(self, objective: Objective, params: PyTree) -> PyTree:
+        """The optimizer's state before the first step; posteriors in it know the number of training examples."""
+        count = None if self._examples is None else functools.partial(self._examples, objective, params)
+        return with_examples(self._tx.init(params), count)
+
     # -- abstract values -------------------------------------------------------------------------------------------
 
     def _parts(self) -> tuple[Objective, TrainState, PyTree]:
@@ -143,12 +148,11 @@ class Layout:
             wrt=self._trained(model),
             regulariser=task.regulariser,
         )
-        count = None if self._examples is None else functools.partial(self._examples, objective, params)
         state = TrainState(
             step=jnp.int32(0),
             params=params,
             model_state=objective.model_state,
-            opt_state=with_examples(self._tx.init(params), count),
+            opt_state=self.first_opt_state(objective, params),
             curvature=None,
             ema=None if config.ema is None else average_of(params),
             key=jax.random.key(config.seed),

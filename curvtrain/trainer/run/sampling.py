@@ -127,8 +127,8 @@ def number_of_examples(arrays: Any, loss: Loss, objective: Objective, params: Py
       loss: the run's.
       objective, params, batch: of a training step; only shapes are used.
     """
-    whole = objective.with_microbatch(None)
-    outputs = jax.eval_shape(whole.predict, params, batch)
+    predict = lambda objective, params, batch: objective.with_microbatch(None).predict(params, batch)
+    outputs = jax.eval_shape(predict, objective, params, batch)
     shape = jax.eval_shape(loss.weights, outputs, batch).shape
     with jax.ensure_compile_time_eval():
         known = loss.known_weights(arrays).product
