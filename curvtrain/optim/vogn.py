@@ -173,7 +173,7 @@ def vogn(
         number = lambda x: jnp.asarray(x, trees.width(params))
         s, tau = number(prior_precision), value_at(kl_weight, jnp.int32(0), params)
         size = None if data_size is None else number(data_size)
-        inner = stages(0.0 if size is None else tau * s / size).init(params)
+        inner: Any = stages(0.0 if size is None else tau * s / size).init(params)
         inner = inner._replace(request=dataclasses.replace(inner.request, optimizer="vogn"))
         return VognState(inner, size, tau, s, number(jnp.inf if init_precision is None else init_precision))
 
@@ -183,7 +183,8 @@ def vogn(
         N, tau, s = known_size("vogn", "data_size", state.data_size), state.kl_weight, state.prior_precision
         to, _ = vectors_for("vogn", C, updates)
         _require_root(C, to(updates))  # refused here, too, not just when somebody draws
-        delta, inner = stages(tau * s / N).update(updates, state.inner, params, curvature=C)
+        delta, after = stages(tau * s / N).update(updates, state.inner, params, curvature=C)
+        inner: Any = after
         number = lambda x: jnp.asarray(x, tau.dtype)
         size = N if data_size is None else number(data_size)
         s, tau = number(prior_precision), value_at(kl_weight, inner.count, state.kl_weight)
