@@ -43,3 +43,4 @@ from curvtrain.optim.soap import scale_by_soap as scale_by_soap
 from curvtrain.optim.soap import soap as soap
 from curvtrain.optim.vogn import vogn as vogn
 from curvtrain.optim.vogn_presets import vogn_preset as vogn_preset
+from curvtrain.optim.width import scale_by_width as scale_by_width
