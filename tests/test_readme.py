@@ -22,5 +22,6 @@ def test_python_blocks_run_in_order(capsys):
     assert namespace["kfac_loss"] < 2 and namespace["factors"].failures == 0
     assert namespace["psgd_loss"] < namespace["kfac_loss"] + 0.1
     assert namespace["soap_state"].curvature.refreshes == 1
+    assert namespace["sirf_state"].curvature.updates == 1
     assert namespace["sum_now"] < 1e-12
     assert 0 < namespace["scores"]["calibration_error"] < 1

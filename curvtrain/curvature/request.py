@@ -155,5 +155,6 @@ def _described(kind: type[Estimate]) -> str:
         "Curvature": "a Curvature, such as that of curvature.KFAC()",
         "Eigenpairs": "Eigenpairs, those of curvature.Lanczos(k)",
         "GradientFactors": "GradientFactors, those of curvature.GradientKronecker()",
+        "InverseFreeFactors": "InverseFreeFactors, those of curvature.InverseFree() or curvature.InverseFreeKFAC()",
         "FittedPreconditioner": "a FittedPreconditioner, such as that of curvature.PSGD()",
     }.get(kind.__name__, kind.__name__)

@@ -131,43 +131,63 @@ def ivon(
     """
     if not callable(learning_rate):
         _checks.number_in("ivon(learning_rate)", learning_rate, 0.0, open_low=True)
-    if ess is not None:
-        _checks.number_in("ivon(ess)", ess, 0.0, open_low=True)
-    _checks.number_in("ivon(hess_init)", hess_init, 0.0, open_low=True)
-    _checks.number_in("ivon(b1)", b1, 0.0, 1.0, open_high=True)
-    _checks.number_in("ivon(b2)", b2, 0.0, 1.0, open_high=True)
-    _checks.number_in("ivon(weight_decay)", weight_decay, 0.0)
-    _checks.one_of("ivon(hess_approx)", hess_approx, HESSIANS)
-    if clip_radius is not None:
-        _checks.number_in("ivon(clip_radius)", clip_radius, 0.0, open_low=True)
+    link = _Ivon(ess, hess_init, b1, b2, weight_decay, hess_approx, clip_radius, rescale_lr, debias)
+    return sampling(chained("ivon", transformation(link.init, link.update), learning_rate, 0.0, None))
 
-    def init(params):
+
+@dataclasses.dataclass(frozen=True)
+class _Ivon:
+    """The options of `ivon`, checked, and its two functions without the rate."""
+
+    ess: float | None
+    hess_init: float
+    b1: float
+    b2: float
+    weight_decay: float
+    hess_approx: str
+    clip_radius: float | None
+    rescale_lr: bool
+    debias: bool
+
+    def __post_init__(self):
+        _checks.number_in("ivon(hess_init)", self.hess_init, 0.0, open_low=True)
+        _checks.number_in("ivon(b1)", self.b1, 0.0, 1.0, open_high=True)
+        _checks.number_in("ivon(b2)", self.b2, 0.0, 1.0, open_high=True)
+        _checks.number_in("ivon(weight_decay)", self.weight_decay, 0.0)
+        _checks.one_of("ivon(hess_approx)", self.hess_approx, HESSIANS)
+        for name in ("ess", "clip_radius"):
+            if getattr(self, name) is not None:
+                _checks.number_in(f"ivon({name})", getattr(self, name), 0.0, open_low=True)
+
+    def init(self, params: PyTree) -> IvonState:
+        """The state before the first update."""
         dtype = trees.width(params)
-        size = None if ess is None else jnp.asarray(ess, dtype)
-        h = jax.tree.map(lambda p: jnp.full(p.shape, hess_init, dtype), params)
-        return IvonState(jnp.int32(0), trees.zeros(params), h, size, jnp.asarray(weight_decay, dtype), hess_approx)
+        size = None if self.ess is None else jnp.asarray(self.ess, dtype)
+        h = jax.tree.map(lambda p: jnp.full(p.shape, self.hess_init, dtype), params)
+        delta = jnp.asarray(self.weight_decay, dtype)
+        return IvonState(jnp.int32(0), trees.zeros(params), h, size, delta, self.hess_approx)
 
-    def update(updates, state, params=None, *, draws=None, **extra):
+    def update(self, updates, state, params=None, *, draws=None, **extra):
+        """One step uphill, of rate 1; see `ivon`."""
         require_params("ivon", params)
         scale, delta, t = known_size("ivon", "ess", state.ess), state.weight_decay, state.count + 1
-        found = own_part(require_draws("ivon", draws, HESSIANS[hess_approx]), updates)
-        whole = seen(b1, t, delta.dtype) if debias else 1.0
+        found = own_part(require_draws("ivon", draws, HESSIANS[self.hess_approx]), updates)
+        b1, share = self.b1, 1 - self.b2
         momentum = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.momentum, trees.wide(updates))
 
         def learned(h, x):
-            estimate = scale * x * (h + delta) if hess_approx == "price" else scale * x
-            return h + (1 - b2) * (estimate - h) + 0.5 * jnp.square((1 - b2) * (h - estimate)) / (h + delta)
-
-        def step(m, h, p):
-            u = (m / whole + weight_decay * p) / (h + weight_decay)
-            if clip_radius is not None:
-                u = jnp.clip(u, -clip_radius, clip_radius)
-            return (hess_init + weight_decay) * u if rescale_lr else u
+            estimate = scale * x * (h + delta) if self.hess_approx == "price" else scale * x
+            return h + share * (estimate - h) + 0.5 * jnp.square(share * (h - estimate)) / (h + delta)
 
         hess = jax.tree.map(learned, state.hess, found)
-        u = jax.tree.map(step, momentum, hess, trees.wide(params))
-        size = scale if ess is None else jnp.asarray(ess, scale.dtype)
-        after = IvonState(t, momentum, hess, size, jnp.asarray(weight_decay, delta.dtype), hess_approx)
-        return trees.cast(u, updates), after
+        whole = seen(b1, t, delta.dtype) if self.debias else 1.0
+        u = jax.tree.map(lambda m, h, p: self._step(m / whole, h, p), momentum, hess, trees.wide(params))
+        size = scale if self.ess is None else jnp.asarray(self.ess, scale.dtype)
+        now = jnp.asarray(self.weight_decay, delta.dtype)
+        return trees.cast(u, updates), IvonState(t, momentum, hess, size, now, self.hess_approx)
 
-    return sampling(chained("ivon", transformation(init, update), learning_rate, 0.0, None))
+    def _step(self, g: jax.Array, h: jax.Array, p: jax.Array) -> jax.Array:
+        delta = self.weight_decay
+        u = (g + delta * p) / (h + delta)
+        u = u if self.clip_radius is None else jnp.clip(u, -self.clip_radius, self.clip_radius)
+        return (self.hess_init + delta) * u if self.rescale_lr else u

@@ -37,7 +37,7 @@ from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.posterior import Posterior
 from curvtrain.objective import by_path, nested
 from curvtrain.optim.base import require_curvature, require_params, transformation, vectors_for
-from curvtrain.optim.natural_gradient import PRECONDITIONED, RAW, NaturalGradientState, natural_gradient
+from curvtrain.optim.natural_gradient import PRECONDITIONED, RAW, NaturalGradientState, Stages
 from curvtrain.optim.sampling import SamplingTransformation, count_of, known_size, sampling
 from curvtrain.optim.scale_by_curvature import check_damping, value_at
 
@@ -144,55 +144,61 @@ def vogn(
       TypeError, ValueError: options out of range; in `sample` and `update`, a curvature that is missing, of other
         parameters, or without roots, and a data size that nobody has said.
     """
-    if not callable(learning_rate):
-        _checks.number_in("vogn(learning_rate)", learning_rate, 0.0, open_low=True)
-    if data_size is not None:
-        _checks.number_in("vogn(data_size)", data_size, 0.0, open_low=True)
-    _checks.number_in("vogn(prior_precision)", prior_precision, 0.0, open_low=True)
-    check_damping("vogn(damping)", damping)
-    if not callable(kl_weight):
-        _checks.number_in("vogn(kl_weight)", kl_weight, 0.0, open_low=True)
-    if init_precision is not None:
-        _checks.number_in("vogn(init_precision)", init_precision, 0.0, open_low=True)
-    own = damping if callable(damping) else (lambda count: damping)  # a constant would be taken from a new state
+    _check(learning_rate, data_size, prior_precision, damping, kl_weight, init_precision)
+    own = damping if callable(damping) else (lambda count: damping)  # a constant would be taken from a state made anew
+    buffers = momentum, momentum_type, False, gradient_decay, gradient_decay_type
+    stages = Stages("vogn", learning_rate, own, *buffers, 0.0, weight_decay, False, PRECONDITIONED, None, mask)
+    step = _Vogn(stages, data_size, prior_precision, damping, kl_weight, init_precision)
+    return sampling(transformation(step.init, step.update))
 
-    def stages(l2):
-        return natural_gradient(
-            learning_rate,
-            own,
-            momentum=momentum,
-            momentum_type=momentum_type,
-            gradient_decay=gradient_decay,
-            gradient_decay_type=gradient_decay_type,
-            l2=l2,
-            weight_decay=weight_decay,
-            mask=mask,
-        )
 
-    def init(params):
+@dataclasses.dataclass(frozen=True)
+class _Vogn:
+    """The options of `vogn`, checked, and its two functions; `stages` makes the step, given an l2."""
+
+    stages: Stages
+    data_size: float | None
+    prior_precision: float
+    damping: optax.ScalarOrSchedule
+    kl_weight: optax.ScalarOrSchedule
+    init_precision: float | None
+
+    def init(self, params: PyTree) -> VognState:
+        """The state before the first update."""
         number = lambda x: jnp.asarray(x, trees.width(params))
-        s, tau = number(prior_precision), value_at(kl_weight, jnp.int32(0), params)
-        size = None if data_size is None else number(data_size)
-        inner: Any = stages(0.0 if size is None else tau * s / size).init(params)
-        inner = inner._replace(request=dataclasses.replace(inner.request, optimizer="vogn"))
-        return VognState(inner, size, tau, s, number(jnp.inf if init_precision is None else init_precision))
+        s, tau = number(self.prior_precision), value_at(self.kl_weight, jnp.int32(0), params)
+        size = None if self.data_size is None else number(self.data_size)
+        inner = dataclasses.replace(self.stages, l2=0.0 if size is None else tau * s / size).init(params)
+        first = number(jnp.inf if self.init_precision is None else self.init_precision)
+        return VognState(inner, size, tau, s, first)
 
-    def update(updates, state, params=None, *, curvature=None, **extra):
+    def update(self, updates, state, params=None, *, curvature=None, **extra):
+        """One step; see `vogn`."""
         require_params("vogn", params)
         C = require_curvature("vogn", curvature, Curvature, ESTIMATORS)
         N, tau, s = known_size("vogn", "data_size", state.data_size), state.kl_weight, state.prior_precision
         to, _ = vectors_for("vogn", C, updates)
         _require_root(C, to(updates))  # refused here, too, not just when somebody draws
-        delta, after = stages(tau * s / N).update(updates, state.inner, params, curvature=C)
-        inner: Any = after
+        stages = dataclasses.replace(self.stages, l2=tau * s / N)
+        delta, inner = stages.update(updates, state.inner, params, curvature=C)
         number = lambda x: jnp.asarray(x, tau.dtype)
-        size = N if data_size is None else number(data_size)
-        s, tau = number(prior_precision), value_at(kl_weight, inner.count, state.kl_weight)
-        asked = value_at(own, inner.count, tau) + tau * s / size
-        inner = inner._replace(request=inner.request.with_damping(asked.astype(tau.dtype)))
+        size = N if self.data_size is None else number(self.data_size)
+        s, tau = number(self.prior_precision), value_at(self.kl_weight, inner.count, tau)
+        asked = value_at(self.damping, inner.count, tau) + tau * s / size
+        inner = inner._replace(request=inner.request.with_damping(asked))
         return delta, VognState(inner, size, tau, s, state.init_precision)
 
-    return sampling(transformation(init, update))
+
+def _check(learning_rate, data_size, prior_precision, damping, kl_weight, init_precision) -> None:
+    """Raises TypeError or ValueError for options that are not positive; `Stages` checks the others."""
+    for name, value in (("data_size", data_size), ("init_precision", init_precision)):
+        if value is not None:
+            _checks.number_in(f"vogn({name})", value, 0.0, open_low=True)
+    for name, value in (("learning_rate", learning_rate), ("kl_weight", kl_weight)):
+        if not callable(value):
+            _checks.number_in(f"vogn({name})", value, 0.0, open_low=True)
+    _checks.number_in("vogn(prior_precision)", prior_precision, 0.0, open_low=True)
+    check_damping("vogn(damping)", damping)
 
 
 def _require_root(C: Curvature, vector: PyTree) -> None:

@@ -52,7 +52,8 @@ class Trainer(abc.ABC):
       eval_data: likewise (a grain dataset should be finite); None evaluates nothing.
       optimizer: any optax transformation, or an object of your own with `init` and `update`. Its update gets those of
         the extra arguments `curvature`, `objective`, `batch`, `key`, `value`, `grad`, `value_fn` and `grad_fn` that it
-        takes.
+        takes. If it samples, which shows in a method `sample(opt_state, params, key, curvature=None)` or in a
+        posterior in its state, gradients are taken at draws, and `draws` is an extra argument, too.
       curvature: the estimator of the curvature that the optimizer takes, or None.
       schedule: when it updates and refreshes; None is `CurvatureSchedule()`, which refreshes as often as the optimizer
         adapts its damping.

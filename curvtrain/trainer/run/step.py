@@ -17,7 +17,7 @@ from curvtrain._keys import Purpose, fold
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
 from curvtrain.losses import weight_like
-from curvtrain.objective import Objective
+from curvtrain.objective import Measure, Objective
 from curvtrain.trainer.run.extra import extra_args
 from curvtrain.trainer.run.sampling import Sampling
 from curvtrain.trainer.state import TrainState
@@ -79,17 +79,12 @@ def train_step(
 
         asked = requests(state.opt_state)
         part, params = requested_part(asked, here, state.params)  # the curvature is that of this part
-        weights = here.loss_of_outputs.weights
-        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), weights(outputs, piece))
 
         def look(theta, noise):
-            ride = None
-            if estimator is not None and kind.update:
-                ride = estimator.measure(state.curvature, *requested_part(asked, here, theta), batch, noise)
-            loss, grads, model_state, seen, measured = here.value_grad_and_measure(
-                theta, batch, noise, ride, observe=observe
-            )
-            return (loss, grads, model_state, measured, _penalty(here, theta)), seen
+            absorbs = estimator is not None and kind.update
+            of = requested_part(asked, here, theta)
+            ride = estimator.measure(state.curvature, *of, batch, noise) if absorbs else None
+            return _pass(here, metrics_fn, theta, batch, noise, ride)
 
         (loss, grads, model_state, measured, penalty), seen, draws = sampling.expect(look, state, key)
 
@@ -131,6 +126,18 @@ def train_step(
         return _if_fine(fine, after, state), (seen, ~fine)
 
     return step
+
+
+def _pass(
+    objective: Objective, metrics_fn: MetricsFn, params: PyTree, batch: Any, key: jax.Array, ride: Measure | None
+) -> tuple[tuple[Any, ...], Metrics]:
+    """((loss, gradient, model state, what rides on the pass, penalty), metrics of the pieces), at some parameters."""
+    weights = objective.loss_of_outputs.weights
+    observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), weights(outputs, piece))
+    loss, grads, model_state, seen, measured = objective.value_grad_and_measure(
+        params, batch, key, ride, observe=observe
+    )
+    return (loss, grads, model_state, measured, _penalty(objective, params)), seen
 
 
 def _if_fine(fine: jax.Array, after: TrainState, before: TrainState) -> TrainState:
