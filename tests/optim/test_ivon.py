@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from bayes import PRIOR, N, closed_form, drawn, trained
+from flax import nnx
 from numpy_mlp import begin, gradient, noise_of, replay_draws
 
 from curvtrain import optim
@@ -108,3 +109,18 @@ def test_parts_of_the_parameters_have_posteriors_of_their_own():
     theta = optim.sample_params(tx.init(params), params, KEY)
     np.testing.assert_array_equal(theta["c"], params["c"])
     assert theta["c"].dtype == jnp.bfloat16 and np.all(theta["a"] != 0) and np.all(theta["a"] != theta["b"])
+
+
+@pytest.mark.parametrize("width", [None, jnp.bfloat16])
+def test_parameters_of_a_module_and_of_few_digits(width):
+    """They come as an `nnx.State`; its draws and updates are such, in the parameters' dtype."""
+    params = nnx.state(nnx.Linear(3, 2, param_dtype=width or jnp.float32, rngs=nnx.Rngs(0)), nnx.Param)
+    tx = optim.ivon(0.1, 50.0)
+    state = tx.init(params)
+    theta = tx.sample(state, params, KEY)
+    assert jax.tree.structure(theta) == jax.tree.structure(params)
+    value, grads, draws = optim.at_draws(lambda p, _: (jnp.float32(0), p), state, params, KEY, samples=2)
+    updates, _ = tx.update(grads, state, params, draws=draws)
+    for new, old in zip(jax.tree.leaves((theta, grads, updates)), 3 * jax.tree.leaves(params), strict=True):
+        assert new.dtype == old.dtype and new.shape == old.shape
+    assert all(n.dtype == jnp.float32 for n in jax.tree.leaves(draws)) and value == 0

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from bayes import FEATURES, OUTPUTS, PRIOR, N, closed_form, drawn, problem, trained
+from bayes import FEATURES, OUTPUTS, PRIOR, N, batch, closed_form, drawn, problem, trained
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 from numpy_mlp import begin, gradient, noise_of, replay_draws
 
-from curvtrain import Objective, losses, optim
+from curvtrain import CurvatureSchedule, Objective, losses, optim
 from curvtrain.curvature import KFAC, Diagonal, DiagonalFisher, FullBlock
 
 RATE, SIZE, STEPS, SAMPLES = 0.05, 30.0, 20, 2
@@ -184,3 +184,26 @@ def test_in_a_chain_of_parts():
     theta = optim.sample_params(state, params, KEY, C)
     assert np.all(theta["first"] != params["first"])
     np.testing.assert_array_equal(theta["second"], params["second"])
+
+
+def test_draws_with_the_curvature_that_it_carries():
+    """`self_contained` has its own, so nobody passes one to draw."""
+    objective, params = problem()
+    estimator = DiagonalFisher("exact", ema=0.0)
+    tx = optim.self_contained(optim.vogn(0.1, N, PRIOR), estimator, CurvatureSchedule(), objective)
+    _, state = tx.update(params, tx.init(params), params, batch=batch(), key=KEY)
+    inner, C = state.answer()
+    assert np.any(C.values["kernel"] > 0)
+    theta = optim.sample_params(state, params, KEY)["kernel"]
+    np.testing.assert_array_equal(theta, optim.sample_params(inner, params, KEY, C)["kernel"])
+    assert np.all(theta != params["kernel"])
+
+
+def test_a_curvature_without_roots_is_refused_before_anybody_draws():
+    objective, params = problem()
+    C = KFAC().init(objective, params)
+    tx = optim.vogn(0.1, N)
+    state = tx.init(params)
+    for use in (lambda: tx.update(params, state, params, curvature=C), lambda: tx.sample(state, params, KEY, C)):
+        with pytest.raises(TypeError, match=r"vogn draws with the root .*KFAC\(inverse='eigh'\)"):
+            use()
