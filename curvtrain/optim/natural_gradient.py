@@ -142,7 +142,7 @@ class Stages:
     momentum_correction: bool
     gradient_decay: float
     gradient_decay_type: str
-    l2: float
+    l2: float | jax.Array
     weight_decay: float
     lars: bool
     lars_type: str
