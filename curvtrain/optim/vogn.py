@@ -118,7 +118,8 @@ def vogn(
     predictions (`predictive_samples`). In a loop of your own:
 
         value, grads, _ = optim.at_draws(value_and_grad, opt_state, params, step_key, samples=4, curvature=curv)
-        curv = estimator.update(curv, objective, tx.sample(opt_state, params, key, curv), batch, key)
+        theta = tx.sample(opt_state, params, draw_key, curv)
+        curv = estimator.refresh(estimator.update(curv, objective, theta, batch, key), objective, params, batch, key)
         updates, opt_state = tx.update(grads, opt_state, params, curvature=curv)
 
     `curvature.DiagonalFisher` makes a diagonal posterior, `KFAC(inverse="eigh")` or "ekfac" a Kronecker-factored one,
