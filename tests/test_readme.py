@@ -15,7 +15,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def test_python_blocks_run_in_order(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.S | re.M)
-    assert len(blocks) == 10
+    assert len(blocks) == 11
     namespace: dict = {"__name__": "readme"}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
@@ -29,6 +29,7 @@ def test_python_blocks_run_in_order(capsys):
     assert namespace["soap_state"].curvature.refreshes == 1
     assert namespace["sirf_state"].curvature.updates == 1
     assert namespace["sum_now"] < 1e-12
+    assert 0 < namespace["scores"]["calibration_error"] < 1
 
 
 def test_the_table_of_optimizers_is_that_of_the_results():

@@ -71,6 +71,8 @@ OPTIONS = (
     "hooks",
     "eval_params",
     "trainable",
+    "mc_samples",
+    "predictive_samples",
     "model",
 )
 
