@@ -14,6 +14,7 @@ from flax import nnx
 
 import curvtrain
 from curvtrain import losses
+from curvtrain.trainer import calibration
 
 from common.classifiers import CNN, MLP
 from common.images import ImageData, load_images
@@ -25,7 +26,7 @@ RATES = {"adam": 1e-2, "adamw": 1e-2, "momentum": 0.1, "nesterov": 0.1, "sgd": 0
 RATES |= {f"fosi_{name}": rate for name, rate in RATES.items() if name != "adamw"}
 RATES |= {"soap": 1e-2, "shampoo": 1e-2, "kl_shampoo": 1e-2, "psgd": 1e-2, "muon": 1e-2, "fadam": 1e-2}
 RATES |= {"rf_rmsprop": 0.1, "rf_adamw": 0.3, "natural_gradient": 3e-3}
-RATES |= {"sirfshampoo": 3e-2, "if_shampoo": 1e-2, "singd": 1e-2}
+RATES |= {"sirfshampoo": 3e-2, "if_shampoo": 1e-2, "singd": 1e-2, "ivon": 0.1, "vogn": 1e-2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,10 @@ class ClassifierTrainer(curvtrain.Trainer):
 
     def predict(self, model, batch):
         return model(batch["image"])
+
+    def metrics(self, outputs, batch):
+        error = calibration.CalibrationError.of(outputs, batch["label"])
+        return super().metrics(outputs, batch) | {"calibration_error": error}
 
 
 def main(options: Options) -> None:

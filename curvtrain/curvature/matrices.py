@@ -14,6 +14,7 @@ import einops
 import jax
 import numpy as np
 
+_CUT = "k (n a) (m b) -> (k n m) a b"
 Patterns = Sequence[tuple[str, str]]  # (regular expression, einops pattern)
 
 
@@ -43,29 +44,35 @@ class MatrixView:
       shape: of the parameter.
       pattern: as einops writes it.
       wide: the shape that the pattern makes, whose last two axes are those of the matrices.
+      blocks: into how many equal blocks rows and columns are cut; each block is then a matrix of its own.
     """
 
     name: str
     shape: tuple[int, ...]
     pattern: str
     wide: tuple[int, ...]
+    blocks: tuple[int, int] = (1, 1)
 
     @property
     def copies(self) -> int:
         """K, how many matrices there are."""
-        return math.prod(self.wide[:-2])
+        return math.prod(self.wide[:-2]) * math.prod(self.blocks)
 
     @property
     def sides(self) -> tuple[int, int]:
         """(rows d_i, columns d_o) of each."""
-        return self.wide[-2], self.wide[-1]
+        return self.wide[-2] // self.blocks[0], self.wide[-1] // self.blocks[1]
 
     def read(self, x: jax.Array) -> jax.Array:
         """The matrices (K, d_i, d_o) of an array like the parameter."""
-        return einops.rearrange(x, self.pattern).reshape(self.copies, *self.sides)
+        X = einops.rearrange(x, self.pattern).reshape(-1, *self.wide[-2:])
+        return X if self.blocks == (1, 1) else einops.rearrange(X, _CUT, n=self.blocks[0], m=self.blocks[1])
 
     def write(self, X: jax.Array) -> jax.Array:
         """The inverse of `read`."""
+        if self.blocks != (1, 1):
+            whole, cut = _CUT.split("->")
+            X = einops.rearrange(X, f"{cut} -> {whole}", n=self.blocks[0], m=self.blocks[1])
         left, right = self.pattern.split("->")
         sizes = einops.parse_shape(np.broadcast_to(0, self.shape), left)
         return einops.rearrange(X.reshape(self.wide), f"{right} -> {left}", **sizes)

@@ -55,6 +55,31 @@ def test_the_matrix_of_the_reference(fit, eigenvalues, basis):
         assert not C.any()
 
 
+def test_blocks_are_matrices_of_their_own():
+    """Of an (8, 6) matrix in blocks of at most 4, and of the same blocks as parameters: the same covariance."""
+    G = np.random.default_rng(0).normal(size=(5, 8, 6)).astype(np.float32)
+    cut = lambda M: {f"{i}{j}": M[4 * i : 4 * i + 4, 3 * j : 3 * j + 3] for i in range(2) for j in range(2)}
+    whole, parts = {"w": jnp.zeros((8, 6))}, jax.tree.map(jnp.asarray, cut(np.zeros((8, 6), np.float32)))
+    blocked, plain = GradientKronecker(block_size=4), GradientKronecker()
+    c, d = blocked.init(None, whole), plain.init(None, parts)
+    for t, M in enumerate(G):
+        c = advance(blocked, c, whole, {"w": jnp.asarray(M)}, t > 1)
+        d = advance(plain, d, parts, jax.tree.map(jnp.asarray, cut(M)), t > 1)
+    found, want = c.solve({"w": G[0]}, 0.1)["w"], d.solve(cut(G[0]), 0.1)
+    for name, block in cut(np.asarray(found)).items():
+        np.testing.assert_allclose(block, want[name], rtol=1e-4, atol=1e-5)
+    assert "4 x 4 x 3" in blocked.overview(None, whole)
+
+
+@pytest.mark.parametrize(("side", "blocks"), [(4, 1), (8, 2), (7, 1), (9, 3), (10, 5), (12, 3), (13, 1), (6, 2)])
+def test_sides_are_cut_into_equal_blocks(side, blocks):
+    """The longest of at most 4 that divide them; a prime number of rows stays whole."""
+    view = GradientKronecker(block_size=4).views(None, {"w": jnp.zeros((side, 3))}).matrices[0][0]
+    assert view.blocks == (blocks, 1) and view.sides == (side // blocks, 3)
+    x = np.arange(3.0 * side).reshape(side, 3)
+    np.testing.assert_array_equal(view.write(view.read(x)), x)
+
+
 def test_layers_of_a_scan_are_matrices_of_their_own():
     class Scanned(nnx.Module):
         def __init__(self, rngs):
@@ -103,7 +128,7 @@ def test_what_is_seen_as_a_matrix():
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
 
     def sides(patterns=(), one_sided=False, max_size=45):
-        views = Views.of(params, (0,) * len(shapes), patterns, max_size, one_sided)
+        views = Views.of(params, (0,) * len(shapes), patterns, max_size, None, one_sided)
         return {m.name: (m.copies, m.d_i, m.d_o, m.factored) for m in views.factored}
 
     both = (True, True)

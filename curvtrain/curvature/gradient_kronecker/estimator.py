@@ -46,6 +46,8 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
         alone; "eigh": eigenvectors at every refresh, five to ten times as dear.
       max_size: a side longer than this has no factor (an identity), and a matrix of two such sides is a diagonal. A
         factor takes its square of memory, twice.
+      block_size: longer sides are cut into equal blocks of at most this length, the longest that divide them, unless
+        these were shorter than half of it; each block of a matrix then has factors of its own. None: no blocks.
       one_sided: whether only the shorter side of each matrix has a factor.
       patterns: (regular expression, einops pattern) pairs, searched in the parameters' names, which say how parameters
         are matrices, as for `optim.orthogonalize`; by default axes are merged so that factors are the smallest.
@@ -63,6 +65,7 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
     factor_decay: float | None = None
     basis: str = "qr"
     max_size: int = 10_000
+    block_size: int | None = None
     one_sided: bool = False
     patterns: Patterns = ()
     slots: int | None = None
@@ -77,6 +80,8 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
                 object.__setattr__(self, name, float(getattr(self, name)))
         _checks.one_of(f"{NAME}(basis)", self.basis, BASES)
         _checks.positive_int(f"{NAME}(max_size)", self.max_size)
+        if self.block_size is not None:
+            _checks.positive_int(f"{NAME}(block_size)", self.block_size)
         if not isinstance(self.one_sided, bool):
             raise TypeError(f"{NAME}(one_sided) should be True or False, not {self.one_sided!r}.")
         check_patterns(f"{NAME}(patterns)", self.patterns)
@@ -86,7 +91,8 @@ class GradientKronecker(CurvatureEstimator[GradientFactors]):
 
     def views(self, objective, params) -> Views:
         """Says how parameters are matrices."""
-        return Views.of(params, scan_axes(NAME, objective, params), self.patterns, self.max_size, self.one_sided)
+        axes = scan_axes(NAME, objective, params)
+        return Views.of(params, axes, self.patterns, self.max_size, self.block_size, self.one_sided)
 
     def init(self, objective, params) -> GradientFactors:
         fit = self.fit or "ema"

@@ -6,7 +6,8 @@
 | leading axes of an `nnx.scan` or `nnx.vmap` | they count matrices |
 | vectors, scalars, matrices with both sides above `max_size` | a diagonal |
 
-A side above `max_size` has no factor, which stands for the identity.
+With a `block_size`, sides are first cut into equal blocks, and each block of a matrix is a matrix of its own. A side
+above `max_size` has no factor, which stands for the identity.
 """
 
 import dataclasses
@@ -49,7 +50,13 @@ class Views:
 
     @classmethod
     def of(
-        cls, params: PyTree, scan_axes: Sequence[int], patterns: Patterns, max_size: int, one_sided: bool
+        cls,
+        params: PyTree,
+        scan_axes: Sequence[int],
+        patterns: Patterns,
+        max_size: int,
+        block_size: int | None,
+        one_sided: bool,
     ) -> "Views":
         """Raises TypeError for parameters that are no real numbers, ValueError for a pattern that does not fit."""
         check_real(params, f"Parameters of curvature.{NAME}", "Split a complex one into its real and imaginary part.")
@@ -58,6 +65,10 @@ class Views:
         found = []
         for path, shape, axes in zip(leaves, shapes, scan_axes, strict=True):
             view = _view(path_name(path), shape, axes, patterns)
+            if view is not None and block_size is not None:
+                view = dataclasses.replace(
+                    view, blocks=(_cut(view.sides[0], block_size), _cut(view.sides[1], block_size))
+                )
             found.append(None if view is None else _with_factors(view, max_size, one_sided))
         return cls(jax.tree.structure(params), tuple(leaves), shapes, tuple(found), width(params).name)
 
@@ -107,6 +118,12 @@ def _view(name: str, shape: tuple[int, ...], scan_axes: int, patterns: Patterns)
     left, right = axes[scan_axes : scan_axes + at], axes[scan_axes + at :]
     pattern = f"{' '.join(axes)} -> {' '.join([*axes[:scan_axes], ''])}({' '.join(left)}) ({' '.join(right)})"
     return MatrixView(name, shape, pattern, (*shape[:scan_axes], math.prod(own[:at]), math.prod(own[at:])))
+
+
+def _cut(side: int, block_size: int) -> int:
+    """Into how many equal blocks of at most block_size a side is cut; 1 if they would be shorter than half of it."""
+    number = next(n for n in range(-(-side // block_size), side + 1) if side % n == 0)
+    return number if 2 * (side // number) >= block_size else 1
 
 
 def _with_factors(view: MatrixView, max_size: int, one_sided: bool) -> tuple[MatrixView, tuple[bool, bool]] | None:
