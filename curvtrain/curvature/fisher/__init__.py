@@ -13,3 +13,4 @@ from curvtrain.curvature.fisher.diagonal import Diagonal as Diagonal
 from curvtrain.curvature.fisher.diagonal import DiagonalFisher as DiagonalFisher
 from curvtrain.curvature.fisher.kronecker_diagonal import DiagonalFactors as DiagonalFactors
 from curvtrain.curvature.fisher.kronecker_diagonal import KroneckerDiagonal as KroneckerDiagonal
+from curvtrain.curvature.fisher.released import ReleasedFactors as ReleasedFactors
