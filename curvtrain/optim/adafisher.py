@@ -35,7 +35,7 @@ from curvtrain.optim.scale_by_curvature import check_damping, value_at
 PyTree = Any
 
 AUTO = "auto"
-TAU, TRUST_CAP, RATE = 0.1, 1.0, 0.03  # of the repaired method
+TAU, TRUST_CAP, RATE = 0.1, 10.0, 0.03  # of the repaired method
 LAMBDA, RELEASED_RATE, RELEASED_PERIOD = 1e-3, 1e-3, 100  # of the released code
 
 
@@ -65,7 +65,7 @@ def adafisher(
     weight_decay: float = 0.0,
     *,
     b1: float = 0.9,
-    damping: float | None = None,
+    damping: optax.ScalarOrSchedule | None = None,
     exponent: float = 1.0,
     trust_cap: float | str | None = AUTO,
     mask: Any = None,
@@ -87,9 +87,9 @@ def adafisher(
       weight_decay: kappa.
       b1: decay of the momentum; 0 keeps none.
       damping: tau, the share of a layer's mean curvature that is added to it; None is 0.1. With `faithful` Lambda,
-        which is added to factors in [0, 1]; None is 1e-3.
+        which is added to factors in [0, 1]; None is 1e-3. A number or an optax schedule.
       exponent: p; 0.5 divides by a root, as Adam does, and wants Adam's rates.
-      trust_cap: c, the largest rate of gradient descent that any parameter may get; "auto" is 1 where p is 1 and
+      trust_cap: c, the largest rate of gradient descent that any parameter may get; "auto" is 10 where p is 1 and
         otherwise None: no such limit.
       mask: tree of bools, or a function that makes one of the parameters: which of them decay.
       mu_dtype: of the momentum; None for float64 where a parameter is, otherwise float32.
@@ -109,7 +109,7 @@ def adafisherw(
     weight_decay: float = 0.01,
     *,
     b1: float = 0.9,
-    damping: float | None = None,
+    damping: optax.ScalarOrSchedule | None = None,
     exponent: float = 1.0,
     trust_cap: float | str | None = AUTO,
     mask: Any = None,
@@ -128,7 +128,7 @@ def scale_by_adafisher(
     b1: float = 0.9,
     *,
     faithful: bool = False,
-    damping: float | None = None,
+    damping: optax.ScalarOrSchedule | None = None,
     exponent: float = 1.0,
     trust_cap: float | str | None = AUTO,
     learning_rate: optax.ScalarOrSchedule | None = None,
@@ -150,13 +150,14 @@ def _link(
     kind = ReleasedFactors if faithful else DiagonalFactors
     estimator = f"curvature.KroneckerDiagonal({'faithful=True' if faithful else ''})"
     damping = (LAMBDA if faithful else TAU) if damping is None else damping
-    if isinstance(trust_cap, str):
-        trust_cap = None if faithful or isinstance(exponent, jax.Array) or exponent != 1 else TRUST_CAP
+    is_one = not isinstance(exponent, jax.Array) and exponent == 1  # of an array nobody knows
 
     def floor_at(count, like):
-        if trust_cap is None:
+        if faithful or trust_cap is None:
             return jnp.zeros((), trees.width(like))
-        return (value_at(rate, count, like) / trust_cap) ** (1 / value_at(exponent, count, like))
+        p, cap = value_at(exponent, count, like), TRUST_CAP if isinstance(trust_cap, str) else trust_cap
+        floor = (value_at(rate, count, like) / cap) ** (1 / p)
+        return jnp.where(p == 1, floor, 0) if isinstance(trust_cap, str) else floor
 
     def init(params):
         zero = jnp.int32(0)
@@ -171,22 +172,22 @@ def _link(
         settings = value_at(damping, state.count, updates), floor_at(state.count, updates)
         power = value_at(exponent, state.count, updates)
         to, back = vectors_for(name, C, updates)
-        d = trees.scale(factor, back(_direction(C, to(averaged), *settings, exponent)))
+        d = trees.scale(factor, back(direction(C, to(averaged), *settings, 1 if is_one else power)))
         return trees.cast(d, updates), ScaleByAdaFisherState(state.count + 1, mu, *settings, power, state.request)
 
     return transformation(init, update)
 
 
-def _direction(C: DiagonalFactors | ReleasedFactors, m: PyTree, damping: Any, floor: Any, exponent: Any) -> PyTree:
-    """m divided as the module's docstring says; m itself before there is any curvature."""
+def direction(C: DiagonalFactors | ReleasedFactors, m: PyTree, damping: Any, floor: Any, exponent: Any) -> PyTree:
+    """m, a vector of the curvature, divided as the module's docstring says; m itself before the first update."""
     if isinstance(C, ReleasedFactors):
         return C.map(m, lambda F, v: v if F is None else v / (F + damping))
     # zero where no gradient ever came
-    of = lambda F, v: divided(v, (F + _damping(F, damping, floor)) ** exponent)
+    of = lambda F, v: divided(v, (F + damping_of(F, damping, floor)) ** exponent)
     return C.map(m, lambda F, v: jnp.where(C.weight > 0, of(F, v), v))
 
 
-def _damping(F: jax.Array, tau: Any, floor: Any) -> jax.Array:
+def damping_of(F: jax.Array, tau: Any, floor: Any) -> jax.Array:
     """lambda_l, (K, 1, 1), of one layer's F (K, d_i, d_o)."""
     mean = jnp.sum(F, axis=(1, 2), keepdims=True) / max(F.shape[1] * F.shape[2], 1)
     return jnp.maximum(tau * mean, floor)
@@ -201,23 +202,20 @@ def _check(
 ) -> None:
     """Raises TypeError or ValueError about an option."""
     if not isinstance(faithful, bool):
-        raise TypeError(
-            f"{name}(faithful) should be True or False, not {faithful!r} of type {type(faithful).__name__}."
-        )
+        raise TypeError(f"{name}(faithful) should be True or False, not {faithful!r}.")
     check_damping(f"{name}(learning_rate)", rate)
     _checks.number_in(f"{name}(b1)", b1, 0.0, 1.0, open_high=True)
     _checks.number_in(f"{name}(exponent)", exponent, 0.0, 1.0, open_low=True)
-    if damping is not None:
+    if damping is not None and not callable(damping):
         _checks.number_in(f"{name}(damping)", damping, 0.0, open_low=True)
     if isinstance(trust_cap, str):
         _checks.one_of(f"{name}(trust_cap)", trust_cap, (AUTO,))
     elif trust_cap is not None:
         _checks.number_in(f"{name}(trust_cap)", trust_cap, 0.0, open_low=True)
     if faithful:
-        known = not isinstance(exponent, jax.Array)
-        if known and exponent != 1:
+        if not isinstance(exponent, jax.Array) and exponent != 1:
             raise ValueError(f"{name}(exponent={exponent}): the released code divides by F itself. Leave it out.")
-        if trust_cap not in (AUTO, None):
+        if trust_cap is not None and not isinstance(trust_cap, str):
             raise ValueError(f"{name}(trust_cap={trust_cap}): the released code has no such limit. Leave it out.")
     if _checks.is_off(b1) and mu_dtype is not None:
         raise ValueError(f"{name}(mu_dtype) is about the momentum, and b1=0 keeps none. Leave it out.")
