@@ -1,7 +1,7 @@
 """AdaFisher in NumPy, float64, one layer after the other: its networks, its factors and its steps.
 
 Layers keep their raw input h and the cotangent s of their output, of the *sum* of the losses; images are
-(N, rows, columns, channels). Written from the formulas of the paper and of its code's description; knows nothing of JAX.
+(N, rows, columns, channels). Written from the formulas, of the paper and of what its code does; knows nothing of JAX.
 """
 
 import numpy as np
