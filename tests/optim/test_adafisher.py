@@ -379,6 +379,7 @@ def test_the_released_code_is_gradient_descent_with_momentum(every):
     schedule = None if every is None else CurvatureSchedule(update_every=every)
     tx, estimator = optim.adafisher(faithful=True), KroneckerDiagonal(faithful=True)
     trainer, told = fit(tx, estimator, 120, schedule, every=5)
+    assert ("update every 100 steps, as optim.adafisher asks" in trainer._plan.schedule_note) == (every is None)
     assert min(float(t["cosine"]) for t in told) > 0.9995
     assert trainer.state.curvature.updates == (120 / every if every else 2)
     assert told[-1]["share_median"] < (0.1 if every else told[0]["share_median"])
