@@ -235,6 +235,37 @@ def test_released_cotangents_are_those_of_the_weighted_loss():
     assert_close(sums["norm"]["V"] / W, grad["norm"]["bias"])
 
 
+def test_half_precision_takes_the_released_statistics_in_a_pass_of_their_own():
+    """In float16 the step differentiates the mean; the factors are those of the same numbers in float32, but for it."""
+    estimator, tx = estimator_for(True), optim.adafisher(0.01, True)
+    objective, params = build()
+    batch = BATCH | {"weights": jnp.asarray([2, 1, 1, 1, 0.5, 1, 1, 1.5], jnp.float32)}
+    half = jax.tree.map(lambda p: p.astype(jnp.float16), params)
+    whole = jax.tree.map(lambda p: p.astype(jnp.float32), half)
+    (u, c), (right, d) = (updates_of(objective, p, estimator, tx, batch) for p in (half, whole))
+    assert all(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(u))
+    assert_close(c.factors, d.factors, 1e-2)
+    assert_close(u, right, 1e-2)
+
+
+def test_masks_over_time_leave_out_positions():
+    """What a masked position holds changes nothing."""
+
+    class Positions(Net):
+        def __call__(self, x):
+            return self.b(nnx.tanh(self.norm(self.a(x))))
+
+    objective, params = build(Positions())
+    mask = jnp.asarray(RNG.integers(0, 2, (N, 3)), jnp.float32).at[:, 0].set(1)
+    batch = dict(x=BATCH["x"], label=jnp.asarray(RNG.integers(0, 3, (N, 3))), mask=mask)
+    other = batch | {"x": jnp.where(mask[..., None] > 0, batch["x"], 7.0)}
+    for faithful in (False, True):
+        tx, estimator = optim.adafisher(0.01, faithful), estimator_for(faithful)
+        ours, theirs = (updates_of(objective, params, estimator, tx, b) for b in (batch, other))
+        assert_close(ours[0], theirs[0])
+        assert_close(ours[1].factors, theirs[1].factors)
+
+
 @pytest.mark.parametrize("exponent", [1.0, 0.5])
 def test_a_loss_times_a_constant_leaves_the_direction(exponent):
     def updates(c):
