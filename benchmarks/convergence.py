@@ -23,10 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]  # run from a checkout without installing it
 
 import char_lm
+import classification
 import mlp_autoencoder
 import resnet_fosi
 from benchmarks.machine import write
-from common import images, runs, text
+from common import images, optimizers, runs, text
 
 import curvtrain
 
@@ -46,6 +47,11 @@ class Case:
             return [{"learning_rate": float(f"{center * half ** (i - number // 2):.2g}")} for i in range(number)]
         rates = [float(f"{center * half ** (i - number // 6):.2g}") for i in range(number // 3)]
         return [{"learning_rate": rate, "damping": damping} for rate in rates for damping in (0.01, 0.1, 1.0)]
+
+
+CENTERS = {"momentum": 0.1, "nesterov": 0.1, "sgd": 0.1, "kfac": 0.1, "natural_gradient": 0.1}  # of small classifiers
+CENTERS |= dict.fromkeys(("adam", "adamw", "psgd", "soap", "shampoo", "kl_shampoo", "muon", "fadam"), 0.01)
+CENTERS |= {"rf_rmsprop": 1e-2, "rf_adamw": 1e-2}
 
 
 def resnet() -> Case:
@@ -73,11 +79,21 @@ def characters(model: str) -> Case:
     return Case(options, make, {"adam": 3e-3, "adamw": 3e-3, "momentum": 0.3, "kfac": 0.1, "psgd": 3e-3})
 
 
+def classifier(model: str) -> Case:
+    options, data = classification.Options(model=model), images.load_images("digits")  # pyrefly: ignore
+    make = lambda config, **optimizer: classification.ClassifierTrainer(
+        config, data=data, model=model, sizes=options.sizes, **optimizer
+    )
+    return Case(options, make, CENTERS)
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "resnet": resnet,
     "autoencoder": autoencoder,
     "transformer": lambda: characters("transformer"),
     "gru": lambda: characters("gru"),
+    "mlp": lambda: classifier("mlp"),
+    "cnn": lambda: classifier("cnn"),
 }
 
 
@@ -92,7 +108,7 @@ def train(case: Case, options: runs.RunOptions) -> dict[str, float]:
     )
     began = time.perf_counter()
     try:
-        optimizer = runs.second_order(options, options.optimizer, options.learning_rate)
+        optimizer = optimizers.chosen(options, options.optimizer, options.learning_rate, options.steps)
         result = case.make(config, **optimizer).fit()
     except curvtrain.trainer.Diverged:
         return {"train/loss": float("inf")}

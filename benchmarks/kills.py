@@ -50,13 +50,16 @@ def killed(folder: Path, name: str, options: argparse.Namespace) -> dict[str, fl
     finish(whole, cache, options.steps, **arguments)
     chance, moments = random.Random(f"{options.seed} {name}"), {"start": 0, "save": 0, "anywhere": 0}
     in_save = lost = 0
+    start = 8.0  # seconds, as long as the last start took
     for _ in range(options.kills):
         moment = chance.choice(list(moments))
-        life = Life(parts, cache, steps=options.steps, sleep=0.02, **arguments)
+        life, started = Life(parts, cache, steps=options.steps, sleep=0.02, **arguments), time.monotonic()
         if moment == "start":  # imports, restores, the first save
-            time.sleep(chance.uniform(0.5, 8.0))
+            time.sleep(chance.uniform(0.1, 1.0) * start)
         else:
-            assert life.read(chance.randint(1, 4)), f"the run ended before its kills, choose more steps:\n{life.text}"
+            assert life.read(1), f"the run ended before its kills, choose more steps:\n{life.text}"
+            start = time.monotonic() - started
+            assert life.read(chance.randint(0, 3)), f"the run ended before its kills, choose more steps:\n{life.text}"
             if moment == "save":
                 life.await_save("[0-9]*")
             time.sleep(chance.uniform(0.0, 0.05))

@@ -14,7 +14,7 @@ import dataclasses
 
 import tyro
 
-from common.runs import OptimizerName
+from common.optimizers import OptimizerName
 from mlp_autoencoder import Options as AutoencoderOptions
 from mlp_autoencoder import main
 

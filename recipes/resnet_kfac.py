@@ -15,7 +15,7 @@ from typing import Literal
 
 import tyro
 
-from common.runs import OptimizerName
+from common.optimizers import OptimizerName
 from resnet_fosi import Options as ResNetOptions
 from resnet_fosi import main
 

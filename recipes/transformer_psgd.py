@@ -17,7 +17,7 @@ import tyro
 
 from char_lm import Options as CharOptions
 from char_lm import main
-from common.runs import OptimizerName
+from common.optimizers import OptimizerName
 
 
 @dataclasses.dataclass(frozen=True)

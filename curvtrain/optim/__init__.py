@@ -41,3 +41,4 @@ from curvtrain.optim.shampoo import scale_by_shampoo as scale_by_shampoo
 from curvtrain.optim.shampoo import shampoo as shampoo
 from curvtrain.optim.soap import scale_by_soap as scale_by_soap
 from curvtrain.optim.soap import soap as soap
+from curvtrain.optim.width import scale_by_width as scale_by_width

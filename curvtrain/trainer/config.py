@@ -48,7 +48,8 @@ class TrainerConfig:
       compilation_cache: where JAX keeps compiled programs during `fit`, so that a repeated or resumed run starts
         without compiling again. True: in the workdir's folder `compiled`, which may be deleted at any time; without a
         workdir, or where you have configured a cache of JAX's own (JAX_COMPILATION_CACHE_DIR), nothing is changed. A
-        path: in that folder, which several runs may share. False or None: nowhere.
+        path: in that folder, which several runs may share. False or None: nowhere. On a mesh of several CPU devices
+        nothing is kept or read, whatever is configured: XLA's programs for these may hang when they are read back.
     """
 
     steps: int

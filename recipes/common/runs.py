@@ -1,74 +1,26 @@
-"""What the recipes share: their options, their optimizers by name, and the comparison with the base optimizer."""
+"""What the recipes share: their options, and the comparison with a baseline."""
 
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
-import optax
 
 import curvtrain
-from curvtrain import curvature, optim
 from curvtrain.trainer import FitResult, read_jsonl
 
-OptimizerName = Literal[
-    "fosi_adam",
-    "fosi_momentum",
-    "fosi_nesterov",
-    "fosi_sgd",
-    "kfac",
-    "psgd",
-    "adam",
-    "adamw",
-    "momentum",
-    "nesterov",
-    "sgd",
-]
-
-BASES: dict[str, Callable[[optax.ScalarOrSchedule], optax.GradientTransformation]] = {
-    "adam": optax.adam,
-    "adamw": lambda rate: optax.adamw(rate, weight_decay=1e-2),
-    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
-    "nesterov": lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True),
-    "sgd": optax.sgd,
-}
-FAMILIES: dict[str, Callable[[], curvature.Preconditioner]] = {
-    "kron": curvature.Kron,
-    "affine": curvature.Affine,
-    "low_rank": curvature.LowRank,
-    "xmat": curvature.XMat,
-    "dense": curvature.Dense,
-    "diagonal": curvature.Elementwise,
-}
-MOMENTUM = {"adam": "ema", "momentum": "heavy_ball", "nesterov": "nesterov", "sgd": "none"}  # of FOSI's Newton part
+from common.optimizers import BASES, OptimizerOptions, chosen
 
 
 @dataclasses.dataclass(frozen=True)
-class RunOptions:
-    """Options that every recipe has.
+class RunOptions(OptimizerOptions):
+    """Options that every recipe has, besides those of the optimizer.
 
     Attributes:
-      optimizer: a base optimizer, FOSI over it, K-FAC, or PSGD.
-      learning_rate: of the base optimizer, of K-FAC or PSGD; None is the recipe's own, which says whether it was tuned.
-      decay: whether learning rates stay as they are, or fall to zero along a cosine.
-      alpha: rate of FOSI's Newton part.
-      k: number of FOSI's eigenpairs.
-      curvature_batch: examples that a refresh of FOSI sees, a multiple of batch_size; None is the training batch.
-      fisher: of K-FAC: which gradients its factors are made of.
-      inverse: of K-FAC: how its factors are inverted.
-      weight_sharing: of K-FAC: what it does with several positions of one example.
-      damping: of K-FAC; None adapts it.
-      momentum: of K-FAC; None adapts it.
-      l2: of K-FAC: coefficient of a penalty l2/2 |parameters|^2.
-      preconditioner: of PSGD: its family.
-      fit: of PSGD: whether it whitens gradients, or inverts the Hessian or the Gauss-Newton matrix.
-      update_every: steps between two statistics of K-FAC (1 unless given), or two fits of PSGD (1 for 500 steps unless
-        given, then ever more).
-      refresh_every: steps between refreshes of eigenpairs (100 unless given) or of K-FAC's inverses (5 unless given,
-        after ten first steps of one).
-      compare: after a FOSI run, train its base optimizer for as many steps, after K-FAC or PSGD AdamW, and print both.
+      compare: after a FOSI run, train its base optimizer for as many steps, after any other that is no baseline itself
+        AdamW, and print both.
       steps: optimizer steps.
       batch_size: examples per step.
       seed: of initialisation, data order and estimators.
@@ -83,22 +35,6 @@ class RunOptions:
       dry_run: print memory and FLOPs of each program, and stop.
     """
 
-    optimizer: OptimizerName = "fosi_adam"
-    learning_rate: float | None = None
-    decay: Literal["none", "cosine"] = "none"
-    alpha: float = 0.1
-    k: int = 10
-    curvature_batch: int | None = None
-    fisher: Literal["exact", "sampled", "empirical"] = "sampled"
-    inverse: Literal["cholesky", "eigh", "ekfac"] = "cholesky"
-    weight_sharing: Literal["expand", "reduce"] = "expand"
-    damping: float | None = None
-    momentum: float | None = None
-    l2: float = 0.0
-    preconditioner: Literal["kron", "affine", "low_rank", "xmat", "dense", "diagonal"] = "kron"
-    fit: Literal["gradient", "hessian", "ggn"] = "gradient"
-    update_every: int | None = None
-    refresh_every: int | None = None
     compare: bool = True
     steps: int = 300
     batch_size: int = 128
@@ -138,8 +74,6 @@ def parse_mesh(text: str) -> dict[str, int]:
         raise ValueError(f"--mesh should look like data=2,fsdp=4, not {text!r}.") from None
 
 
-LAYERWISE = ("kfac", "psgd")  # those that are compared with AdamW
-
 MakeTrainer = Callable[..., curvtrain.Trainer]  # (config, optimizer=, curvature=, schedule=) -> Trainer
 
 
@@ -148,19 +82,20 @@ def run(options: RunOptions, rates: Mapping[str, float | None], make_trainer: Ma
 
     Args:
       options: of the recipe.
-      rates: the default learning rate of every optimizer; None, or no entry, is an adaptive one of K-FAC.
+      rates: the default learning rate of every optimizer; None, or no entry, is an adaptive one of K-FAC or AdamQLR.
       make_trainer: `(config, optimizer=, curvature=, schedule=) -> Trainer`.
 
     Returns:
       The results by optimizer.
     """
     names: list[str] = [options.optimizer]
-    if options.compare and (options.optimizer in LAYERWISE or options.optimizer.startswith("fosi_")):
-        names.append("adamw" if options.optimizer in LAYERWISE else options.optimizer.removeprefix("fosi_"))
+    base = _compared_with(options.optimizer)
+    if options.compare and base is not None:
+        names.append(base)
     results: dict[str, FitResult] = {}
     for name in names:
         rate = rates.get(name) if options.learning_rate is None or name != options.optimizer else options.learning_rate
-        trainer = make_trainer(options.config(name), **second_order(options, name, rate))
+        trainer = make_trainer(options.config(name), **chosen(options, name, rate, options.steps))
         if options.dry_run:
             print(f"{name}: {trainer.dry_run()}\n")
             continue
@@ -172,44 +107,11 @@ def run(options: RunOptions, rates: Mapping[str, float | None], make_trainer: Ma
     return results
 
 
-def second_order(options: RunOptions, name: str, rate: Any) -> dict[str, Any]:
-    """The optimizer of a name, with the curvature that it consumes: keywords of a Trainer."""
-    if rate is not None and options.decay == "cosine":
-        rate = optax.cosine_decay_schedule(rate, options.steps)
-    if name == "kfac":
-        given: dict[str, Any] = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
-        every = options.refresh_every or 5
-        return dict(
-            optimizer=optim.kfac(
-                **{option: value for option, value in given.items() if value is not None}, l2=options.l2
-            ),
-            curvature=curvature.KFAC(options.fisher, options.weight_sharing, options.inverse, uncovered="diagonal"),
-            schedule=curvtrain.CurvatureSchedule(
-                update_every=options.update_every or 1,
-                refresh_every=lambda step: 1 if step < 10 else every,  # the factors change fastest in the first steps
-            ),
-        )
-    if rate is None:
-        raise ValueError(f"{name} needs a learning rate.")
-    if name == "psgd":
-        return dict(
-            optimizer=optim.psgd(rate, weight_decay=1e-2),
-            curvature=curvature.PSGD(FAMILIES[options.preconditioner](), options.fit),
-            schedule=curvtrain.CurvatureSchedule(update_every=options.update_every or curvature.Annealed().period),
-        )
-    base = BASES[name.removeprefix("fosi_")](rate)
-    if not name.startswith("fosi_"):
-        return dict(optimizer=base)
-    every = options.refresh_every or 100
-    return dict(
-        optimizer=optim.fosi(base, alpha=options.alpha, momentum=MOMENTUM[name.removeprefix("fosi_")]),
-        curvature=curvature.Lanczos(k=options.k),
-        schedule=curvtrain.CurvatureSchedule(
-            refresh_every=every,
-            start=min(every, 20),  # the first steps change the curvature too fast to be worth a refresh
-            batch_size=options.curvature_batch,
-        ),
-    )
+def _compared_with(name: str) -> str | None:
+    """The baseline of an optimizer; None if it is one."""
+    if name.startswith("fosi_"):
+        return name.removeprefix("fosi_")
+    return None if name in BASES else "adamw"
 
 
 def _table(options: RunOptions, results: Mapping[str, FitResult]) -> str:

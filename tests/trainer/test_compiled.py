@@ -12,7 +12,7 @@ import jax
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from tiny import Counting, Mlp, examples, trainer
+from tiny import Counting, Mlp, examples, on, trainer
 
 from curvtrain import CurvatureSchedule
 from curvtrain.trainer import Call
@@ -41,8 +41,9 @@ def counted():
 
 
 @pytest.fixture(autouse=True)
-def no_cache_of_the_user(quick_compile):
-    """Neither of the environment nor of another test."""
+def no_cache_of_the_user(quick_compile, monkeypatch):
+    """Neither of the environment nor of another test; and one device: see `_hangs`."""
+    on(1, monkeypatch)
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
@@ -111,6 +112,22 @@ def test_a_cache_of_the_user_is_used_as_it_is(tmp_path):
     assert seen[-1] == [str(tmp_path), 0.0] and current() == [own, 1.0]
 
 
+@pytest.mark.parametrize("whose", ["the run's", "a folder", "the user's"])
+def test_on_several_cpu_devices_nothing_is_kept_or_read(tmp_path, monkeypatch, whose):
+    """Programs with collectives may hang when they are read back. Outside of `fit` the user's cache is JAX's affair."""
+    on(2, monkeypatch)
+    own, folder = str(tmp_path / "own"), {"a folder": tmp_path / "here"}.get(whose, True)
+    if whose == "the user's":
+        jax.config.update("jax_compilation_cache_dir", own)
+        compilation_cache.reset_cache()
+    for name in ("first", "second"):
+        with counted() as events:
+            make(workdir=tmp_path / name, compilation_cache=folder).fit()
+        assert events["cache_hits"] == 0 or whose == "the user's"
+    kept = [path.name for path in tmp_path.rglob("*-cache")]
+    assert not any(name.startswith("jit_step") for name in kept) and jax.config.jax_enable_compilation_cache
+
+
 def test_options_are_put_back_after_an_error(tmp_path):
     def fail(_):
         raise ZeroDivisionError
@@ -147,7 +164,7 @@ def test_programs_are_the_same_in_every_process(tmp_path, estimator):
     """Whatever the order of Python's sets: a new process finds all that the first has compiled."""
     found = []
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    environment |= {"PYTHONPATH": str(Path(__file__).parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parent), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
     for seed, name in (("1", "first"), ("2", "second")):
         options = dict(
             workdir=str(tmp_path / name), compilation_cache=str(tmp_path / "cache"), steps=6, estimator=estimator

@@ -12,12 +12,10 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 import run_meshes
 from cases import CASES
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import PartitionSpec
 from lives import environment
 from run_meshes import ON, SAVED, STEPS, assert_opens, assert_planned, assert_same_bits, history, make, shards
@@ -41,6 +39,7 @@ MESHES = {  # name -> (devices, options)
     "tensor": (8, {"mesh": {"data": 2, "tensor": 4}, "sharding": RULES}),
 }
 FEW, LONG = 6, ("DiagonalFisher", "KFAC, stale")  # of two processes
+pytestmark = pytest.mark.usefixtures("quick_compile")
 cases = pytest.mark.parametrize("name", CASES)
 
 
@@ -50,23 +49,6 @@ def shared(tmp_path_factory):
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "meshes"
     folder.mkdir(exist_ok=True)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(quick_compile, shared):
-    """A cache of compiled programs, for the second of two equal trainers."""
-    options = {
-        "jax_compilation_cache_dir": str(shared / "cache"),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
 
 
 @pytest.fixture

@@ -154,7 +154,7 @@ class Loop:
         config = self.config
         if config.workdir is not None:
             stack.enter_context(claimed(Path(config.workdir).absolute()))
-        stack.enter_context(compilation_cache_of(config.compilation_cache, config.workdir))
+        stack.enter_context(compilation_cache_of(config.compilation_cache, config.workdir, self.plan.mesh))
         return None if config.workdir is None else stack.enter_context(Checkpoints(config))
 
     def _restore_or_init(self) -> int:
