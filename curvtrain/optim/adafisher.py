@@ -35,7 +35,7 @@ from curvtrain.optim.scale_by_curvature import check_damping, value_at
 PyTree = Any
 
 AUTO = "auto"
-TAU, TRUST_CAP, RATE = 0.1, 10.0, 0.03  # of the repaired method
+TAU, TRUST_CAP, RATE = 0.1, 2.0, 0.02  # of the repaired method
 LAMBDA, RELEASED_RATE, RELEASED_PERIOD = 1e-3, 1e-3, 100  # of the released code
 
 
@@ -80,7 +80,7 @@ def adafisher(
     warm-up, as the cap bounds the first steps.
 
     Args:
-      learning_rate: a number or an optax schedule; None is 0.03, or 1e-3 with `faithful`.
+      learning_rate: a number or an optax schedule; None is 0.02, or 1e-3 with `faithful`.
       faithful: do what the released code does, with `curvature.KroneckerDiagonal(faithful=True)`: gradient descent with
         momentum, but for rounding, at the rate of 1000 learning rates. A Trainer without a schedule then updates the
         factors every 100 steps.
@@ -88,9 +88,11 @@ def adafisher(
       b1: decay of the momentum; 0 keeps none.
       damping: tau, the share of a layer's mean curvature that is added to it; None is 0.1. With `faithful` Lambda,
         which is added to factors in [0, 1]; None is 1e-3. A number or an optax schedule.
-      exponent: p; 0.5 divides by a root, as Adam does, and wants Adam's rates.
-      trust_cap: c, the largest rate of gradient descent that any parameter may get; "auto" is 10 where p is 1 and
-        otherwise None: no such limit.
+      exponent: p; 0.5 divides by a root, as Adam does, and wants rates of 0.1 to 0.3: F is that of single examples, so
+        its root is up to sqrt(batch size) times Adam's.
+      trust_cap: c, the largest rate of gradient descent that any parameter may get; "auto" is 2 where p is 1 and
+        otherwise None: no such limit. A cap of 10 can be faster; in small networks with ReLU it made the first steps
+        too large.
       mask: tree of bools, or a function that makes one of the parameters: which of them decay.
       mu_dtype: of the momentum; None for float64 where a parameter is, otherwise float32.
 

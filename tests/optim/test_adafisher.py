@@ -102,9 +102,9 @@ def train(objective, params, tx, estimator, data, every=1):
 
 # name -> (optimizer, options of the reference)
 REPAIRED = {
-    "adafisher": (optim.adafisher(0.02), dict(rate=0.02, cap=10.0)),
-    "decay": (optim.adafisher(0.02, weight_decay=0.1), dict(rate=0.02, cap=10.0, kappa=0.1)),
-    "adafisherw": (optim.adafisherw(0.02, weight_decay=0.1), dict(rate=0.02, cap=10.0, kappa=0.1, coupled=False)),
+    "adafisher": (optim.adafisher(0.02), dict(rate=0.02, cap=2.0)),
+    "decay": (optim.adafisher(0.02, weight_decay=0.1), dict(rate=0.02, cap=2.0, kappa=0.1)),
+    "adafisherw": (optim.adafisherw(0.02, weight_decay=0.1), dict(rate=0.02, cap=2.0, kappa=0.1, coupled=False)),
     "root": (optim.adafisher(0.02, b1=0.5, exponent=0.5, damping=0.3), dict(rate=0.02, b1=0.5, p=0.5, tau=0.3)),
     "capped": (optim.adafisher(0.02, trust_cap=0.05), dict(rate=0.02, cap=0.05)),
 }
