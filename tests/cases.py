@@ -16,6 +16,8 @@ from curvtrain.curvature import (
     DiagonalFisher,
     FullBlock,
     GradientKronecker,
+    InverseFree,
+    InverseFreeKFAC,
     Kron,
     KroneckerDiagonal,
     Lanczos,
@@ -62,6 +64,12 @@ def whitened(optimizer, estimator):
     return Case(estimator, optimizer, rounding=1e-2)
 
 
+def inverse_free(estimator, optimizer):
+    """A case of inverse-free factors, which move fast."""
+    rounding = 1e-2 if isinstance(estimator, InverseFree) else 1e-6
+    return Case(estimator, optimizer, dampings=(0.0,), fitted=True, rounding=rounding)
+
+
 def by_curvature(damping=0.1):
     return optax.chain(optim.scale_by_curvature(damping), optax.sgd(0.1, momentum=0.5))
 
@@ -91,6 +99,15 @@ CASES = {
     "GradientKronecker, kl": whitened(
         lambda: optim.kl_shampoo(0.02, b2=0.9), GradientKronecker("kl", decay=0.9, basis="eigh", max_size=4)
     ),
+    "InverseFree": inverse_free(InverseFree(rate=0.2), lambda: optim.sirfshampoo(0.01, beta2=0.2)),
+    "InverseFree, structures": inverse_free(
+        InverseFree((("kernel", "upper_toeplitz"), ("table", ("block2diagonal", "diagonal"))), rates=(("bias", 0.5),)),
+        lambda: optim.if_shampoo(0.01, lr_cov=0.01, damping=1e-3, weight_decay=0.1),
+    ),
+    "InverseFreeKFAC": inverse_free(
+        InverseFreeKFAC("sampled", structure=[("blocks", ("hierarchical1_1", "dense"))], rate=0.2, **PLAIN),
+        lambda: optim.singd(0.01, lr_cov=0.2),
+    ),
     "PSGD, Kron": psgd(Kron(), momentum=0.9),
     "PSGD, Kron in blocks": psgd(Kron("QUAD", block_size=2), "hessian", 0.1, probes=2),
     "PSGD, Affine": psgd(Affine(), "ggn", 0.1, update_probability=0.5),
@@ -116,6 +133,15 @@ OPTIMIZERS = {
     "soap": (lambda: optim.soap(0.01, nesterov=True), GradientKronecker()),
     "kl_shampoo": (lambda: optim.kl_shampoo(0.01), GradientKronecker("kl", decay=0.98)),
     "shampoo": (lambda: optim.shampoo(0.01, exponent=-0.25, graft="sgd"), GradientKronecker(eigenvalues="product")),
+    "sirfshampoo": (lambda: optim.sirfshampoo(0.01), InverseFree()),
+    "if_shampoo": (
+        lambda: optim.if_shampoo(0.01, weight_decay=0.1),
+        InverseFree("diagonal", rate=0.05, damping=1e-4),
+    ),
+    "singd": (
+        lambda: optim.singd(0.01, normalize_lr_cov=False, weight_decay=0.1),
+        InverseFreeKFAC(normalized=False, **PLAIN),
+    ),
     "psgd": (lambda: optim.psgd(0.01, weight_decay=0.1, clip_global_norm=1.0), PSGD()),
     "psgd, nesterov": (lambda: optim.psgd(0.01, nesterov=True, style="adam"), PSGD(Kron("EQ"), "hessian")),
 }

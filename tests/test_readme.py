@@ -10,7 +10,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 
 def test_python_blocks_run_in_order(capsys):
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.S | re.M)
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     namespace: dict = {"__name__": "readme"}
     for block in blocks:
         exec(compile(block, str(README), "exec"), namespace)
@@ -22,4 +22,5 @@ def test_python_blocks_run_in_order(capsys):
     assert namespace["kfac_loss"] < 2 and namespace["factors"].failures == 0
     assert namespace["psgd_loss"] < namespace["kfac_loss"] + 0.1
     assert namespace["soap_state"].curvature.refreshes == 1
+    assert namespace["sirf_state"].curvature.updates == 1
     assert namespace["sum_now"] < 1e-12

@@ -316,6 +316,89 @@ MISTAKES = [
         "fisher='empirical', which takes any outputs.",
     ),
     (
+        lambda: curvature.InverseFree("dens"),
+        ValueError,
+        "InverseFree(structure) should be one of 'dense', 'diagonal', 'block30diagonal', 'hierarchical15_15', "
+        "'lower_toeplitz', 'upper_toeplitz', or with other numbers, not 'dens'. Did you mean 'dense'?",
+    ),
+    (
+        lambda: fit(optim.sirfshampoo(), curvature.InverseFree("hierarchical4_4")),
+        ValueError,
+        "InverseFree(structure): 'hierarchical4_4' needs a side of at least 8, and 'a/bias' has one of 5. "
+        "Choose by name, such as [('a/bias', 'dense'), ('.*', 'hierarchical4_4')].",
+    ),
+    (
+        lambda: fit(optim.singd(), curvature.InverseFreeKFAC(structure="hierarchical4_4")),
+        ValueError,
+        "InverseFreeKFAC(structure): 'hierarchical4_4' needs a side of at least 8, and 'a' has one of 5. "
+        "Choose by name, such as [('a', 'dense'), ('.*', 'hierarchical4_4')].",
+    ),
+    (
+        lambda: fit(optim.sirfshampoo(), curvature.InverseFree([("kernel", ("dense", "diagonal", "dense"))])),
+        ValueError,
+        "InverseFree(structure) has 3 structures for 'a/kernel', dense, diagonal, dense, and its sides are (4, 5) "
+        "(those of length 1 do not count). Give one name, or one for each side.",
+    ),
+    (
+        lambda: curvature.InverseFree(3),
+        TypeError,
+        "InverseFree(structure) should be a name, such as 'dense', or a list of (regular expression, name or names) "
+        "pairs, not 3.",
+    ),
+    (
+        lambda: curvature.InverseFree(rate=0.0),
+        ValueError,
+        "InverseFree(rate) should be above 0.0 and below 1.0, not 0.0.",
+    ),
+    (
+        lambda: curvature.InverseFree(rates=[("bias", -1.0)]),
+        ValueError,
+        "InverseFree(rates) of 'bias' should be above 0.0 and at most 1.0, not -1.0.",
+    ),
+    (
+        lambda: curvature.InverseFree(batch_size=0),
+        ValueError,
+        "InverseFree(batch_size) should be above 0.0, not 0.",
+    ),
+    (
+        lambda: curvature.InverseFreeKFAC(ema=0.9),
+        ValueError,
+        "InverseFreeKFAC(ema=0.9) would average statistics, and factors follow those of the last batch: what "
+        "averages is InverseFreeKFAC(momentum=...). Leave it out.",
+    ),
+    (
+        lambda: optim.sirfshampoo(beta2=0.0),
+        ValueError,
+        "sirfshampoo(beta2) should be above 0.0 and below 1.0, not 0.0.",
+    ),
+    (
+        lambda: optim.sirfshampoo(-0.1),
+        ValueError,
+        "sirfshampoo(learning_rate) should be at least 0.0, not -0.1.",
+    ),
+    (
+        lambda: optim.singd(damping=0.0),
+        ValueError,
+        "singd(damping) should be above 0.0, not 0.0.",
+    ),
+    (
+        lambda: fit(optim.singd(), curvature.InverseFree()),
+        TypeError,
+        "optim.singd takes the factors of curvature.InverseFreeKFAC(), and these are those of curvature.InverseFree().",
+    ),
+    (
+        lambda: fit(optim.sirfshampoo(), curvature.PSGD()),
+        TypeError,
+        "optim.sirfshampoo takes InverseFreeFactors, those of curvature.InverseFree() or curvature.InverseFreeKFAC(), "
+        "and T(curvature) estimates FittedPreconditioner. See the README's table.",
+    ),
+    (
+        lambda: fit(optim.sirfshampoo(beta2=0.02), curvature.InverseFree(rate=0.01)),
+        ValueError,
+        "optim.sirfshampoo(beta2=0.02) is the rate of the factors, and these have 0.01. Give "
+        "curvature.InverseFree(rate=0.02), or the optimizer beta2=0.01.",
+    ),
+    (
         lambda: curvature.PSGD("kron"),
         TypeError,
         "PSGD(preconditioner) should be Kron(), LowRank(), XMat(), Affine(), Dense() or Diagonal(), not 'kron'.",

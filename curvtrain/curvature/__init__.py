@@ -30,6 +30,10 @@ from curvtrain.curvature.fisher import ReleasedFactors as ReleasedFactors
 from curvtrain.curvature.fisher import UnitWise as UnitWise
 from curvtrain.curvature.gradient_kronecker import GradientFactors as GradientFactors
 from curvtrain.curvature.gradient_kronecker import GradientKronecker as GradientKronecker
+from curvtrain.curvature.inverse_free import InverseFree as InverseFree
+from curvtrain.curvature.inverse_free import InverseFreeFactors as InverseFreeFactors
+from curvtrain.curvature.inverse_free import InverseFreeKFAC as InverseFreeKFAC
+from curvtrain.curvature.inverse_free import Warmed as Warmed
 from curvtrain.curvature.kfac import KFAC as KFAC
 from curvtrain.curvature.kfac import KroneckerFactors as KroneckerFactors
 from curvtrain.curvature.lanczos import Lanczos as Lanczos

@@ -4,7 +4,8 @@ Three costs are kept apart: absorbing a batch (`update`, cheap), factorising (`r
 (`Curvature.solve`, every step). What an estimator maintains is one of two things:
 
 * a `Curvature` C, a symmetric matrix: `solve(v, damping)` is (C + damping I)^-1 v, right for any damping;
-* a fitted preconditioner P (`curvature.PSGD`), which is used as it is: `apply(v)` is P v. It has no damping.
+* a fitted preconditioner P (of `curvature.PSGD`, `InverseFree` or `InverseFreeKFAC`), used as it is: `apply(v)`
+  is P v. It has no damping.
 """
 
 import abc

@@ -155,5 +155,6 @@ def _described(kind: type[Estimate]) -> str:
         "GradientFactors": "GradientFactors, those of curvature.GradientKronecker()",
         "DiagonalFactors": "DiagonalFactors, those of curvature.KroneckerDiagonal()",
         "ReleasedFactors": "ReleasedFactors, those of curvature.KroneckerDiagonal(faithful=True)",
+        "InverseFreeFactors": "InverseFreeFactors, those of curvature.InverseFree() or curvature.InverseFreeKFAC()",
         "FittedPreconditioner": "a FittedPreconditioner, such as that of curvature.PSGD()",
     }.get(kind.__name__, kind.__name__)

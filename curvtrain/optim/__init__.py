@@ -39,6 +39,9 @@ from curvtrain.optim.scale_by_curvature import scale_by_curvature as scale_by_cu
 from curvtrain.optim.self_contained import self_contained as self_contained
 from curvtrain.optim.shampoo import scale_by_shampoo as scale_by_shampoo
 from curvtrain.optim.shampoo import shampoo as shampoo
+from curvtrain.optim.singd import singd as singd
+from curvtrain.optim.sirfshampoo import if_shampoo as if_shampoo
+from curvtrain.optim.sirfshampoo import sirfshampoo as sirfshampoo
 from curvtrain.optim.soap import scale_by_soap as scale_by_soap
 from curvtrain.optim.soap import soap as soap
 from curvtrain.optim.width import scale_by_width as scale_by_width

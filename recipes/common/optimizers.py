@@ -21,6 +21,9 @@ OptimizerName = Literal[
     "shampoo",
     "kl_shampoo",
     "adamqlr",
+    "sirfshampoo",
+    "if_shampoo",
+    "singd",
     "fadam",
     "rf_rmsprop",
     "rf_adamw",
@@ -160,7 +163,7 @@ def _factors(options: OptimizerOptions) -> Chosen:
 
 
 def _kfac(options: OptimizerOptions, rate: Any) -> Chosen:
-    given = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
+    given: dict[str, Any] = dict(learning_rate=rate, momentum=options.momentum, damping=options.damping)
     given = {option: value for option, value in given.items() if value is not None}
     return dict(optimizer=optim.kfac(**given, l2=options.l2), **_factors(options))
 
@@ -178,13 +181,33 @@ def _psgd(options: OptimizerOptions, rate: Any) -> Chosen:
     )
 
 
-def _whitening(make: Callable[[Any], optax.GradientTransformation], fit: str) -> Callable[..., Chosen]:
+def _inverse_free(options: OptimizerOptions, optimizer: Any, estimator: Any, every: Any) -> Chosen:
+    schedule = curvtrain.CurvatureSchedule(update_every=options.update_every or every)
+    return dict(optimizer=optimizer, curvature=estimator, schedule=schedule)
+
+
+def _sirfshampoo(options: OptimizerOptions, rate: Any) -> Chosen:
+    return _inverse_free(options, optim.sirfshampoo(rate), curvature.InverseFree(), 1)
+
+
+def _if_shampoo(options: OptimizerOptions, rate: Any) -> Chosen:
+    return _inverse_free(options, optim.if_shampoo(rate), curvature.InverseFree(), curvature.Warmed(10))
+
+
+def _singd(options: OptimizerOptions, rate: Any) -> Chosen:
+    estimator = curvature.InverseFreeKFAC(weight_sharing=options.weight_sharing, uncovered="diagonal")
+    return _inverse_free(options, optim.singd(rate), estimator, 10)
+
+
+def _whitening(
+    make: Callable[[Any], optax.GradientTransformation], estimator: curvature.GradientKronecker
+) -> Callable[..., Chosen]:
     """SOAP and its relatives: the covariance moves in every step, its bases in every tenth."""
 
     def function(options: OptimizerOptions, rate: Any) -> Chosen:
         return dict(
             optimizer=make(rate),
-            curvature=curvature.GradientKronecker(fit),
+            curvature=estimator,
             schedule=curvtrain.CurvatureSchedule(
                 update_every=options.update_every or 1, refresh_every=options.refresh_every or 10
             ),
@@ -197,7 +220,13 @@ WITH_CURVATURE: dict[str, Callable[[OptimizerOptions, Any], Chosen]] = {
     "kfac": _kfac,
     "natural_gradient": _natural_gradient,
     "psgd": _psgd,
-    "soap": _whitening(optim.soap, "ema"),
-    "shampoo": _whitening(lambda rate: optim.shampoo(rate, graft="adam", weight_decay=1e-2), "ema"),
-    "kl_shampoo": _whitening(optim.kl_shampoo, "kl"),
+    "sirfshampoo": _sirfshampoo,
+    "if_shampoo": _if_shampoo,
+    "singd": _singd,
+    "soap": _whitening(optim.soap, curvature.GradientKronecker()),
+    "shampoo": _whitening(
+        lambda rate: optim.shampoo(rate, graft="adam", weight_decay=1e-2),
+        curvature.GradientKronecker(eigenvalues="product"),
+    ),
+    "kl_shampoo": _whitening(optim.kl_shampoo, curvature.GradientKronecker("kl", decay=0.98)),
 }

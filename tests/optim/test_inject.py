@@ -10,7 +10,15 @@ import pytest
 from flax import nnx
 
 from curvtrain import Objective, losses, optim
-from curvtrain.curvature import PSGD, DiagonalFisher, GradientKronecker, KroneckerDiagonal, Lanczos
+from curvtrain.curvature import (
+    PSGD,
+    DiagonalFisher,
+    GradientKronecker,
+    InverseFree,
+    InverseFreeKFAC,
+    KroneckerDiagonal,
+    Lanczos,
+)
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -49,6 +57,9 @@ CASES = {
         dict(learning_rate=1e-2, b1=0.5, b2=0.9, exponent=-0.25, damping=0.01, graft="adam"),
         GradientKronecker("ema", "product", 0.9),
     ),
+    "sirfshampoo": (optim.sirfshampoo, dict(learning_rate=1e-2, beta2=0.1, kappa=0.1), InverseFree(rate=0.1)),
+    "if_shampoo": (optim.if_shampoo, dict(learning_rate=1e-2, momentum=0.5), InverseFree(rate=0.05, damping=1e-4)),
+    "singd": (optim.singd, dict(learning_rate=1e-2, damping=0.1), InverseFreeKFAC(damping=0.1)),
     "kl_shampoo": (optim.kl_shampoo, dict(learning_rate=1e-2, b2=0.9, eps=1e-6), GradientKronecker("kl", decay=0.9)),
     "scale_by_curvature": (optim.scale_by_curvature, dict(damping=0.1), DiagonalFisher("exact")),
     "scale_by_curvature, root": (optim.scale_by_curvature, dict(damping=0.1, exponent=-0.5), DiagonalFisher("exact")),

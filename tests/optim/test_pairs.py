@@ -17,6 +17,8 @@ from curvtrain.curvature import (
     DiagonalFisher,
     FullBlock,
     GradientKronecker,
+    InverseFree,
+    InverseFreeKFAC,
     KroneckerDiagonal,
     Lanczos,
     UnitWise,
@@ -40,6 +42,9 @@ OPTIMIZERS = {
     "soap(rate)": lambda: optim.soap(0.1),
     "shampoo(rate)": lambda: optim.shampoo(0.1),
     "kl_shampoo(rate)": lambda: optim.kl_shampoo(0.1),
+    "sirfshampoo(rate)": lambda: optim.sirfshampoo(0.1),
+    "if_shampoo(rate)": lambda: optim.if_shampoo(0.1),
+    "singd(rate)": lambda: optim.singd(0.1),
 }
 ESTIMATORS = {
     "Lanczos": Lanczos(k=2),
@@ -51,6 +56,8 @@ ESTIMATORS = {
     "UnitWise": UnitWise(),
     "FullBlock": FullBlock(),
     "GradientKronecker": GradientKronecker(),
+    "InverseFree": InverseFree(),
+    "InverseFreeKFAC": InverseFreeKFAC(),
     "PSGD": PSGD(),
 }
 REFUSALS = re.compile(r"takes|has no power -0\.5|kfac|natural_gradient")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain import _checks
-from curvtrain.curvature.base import Curvature, CurvatureEstimator
+from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.capture import FISHERS, Coverage, Layer, LayerMeasure, Statistic, cover
 from curvtrain.curvature.capture.coverage import UNCOVERED
 from curvtrain.curvature.capture.layers import merged
@@ -19,7 +19,7 @@ from curvtrain.curvature.mesh import spread_spec
 from curvtrain.objective import Measure, Objective, safe
 
 PyTree = Any
-C = TypeVar("C", bound=Curvature)
+C = TypeVar("C", bound=Estimate)
 Sums = Mapping[str, dict[str, jax.Array]]  # by layer, by statistic
 
 
@@ -108,8 +108,12 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
     def overview(self, objective, params) -> str:
         coverage = self.coverage(objective, params)
         blocks = {layer.name: self._described(layer) for layer in coverage.layers}
-        size = jnp.dtype(coverage.dtype).itemsize
+        size = jnp.dtype(self._stored_as(coverage)).itemsize
         return coverage.table({name: (kind, size * floats) for name, (kind, floats) in blocks.items()})
+
+    def _stored_as(self, coverage: Coverage) -> str:
+        """The dtype of the floats that `_described` counts."""
+        return coverage.dtype
 
     @abc.abstractmethod
     def _described(self, layer: Layer) -> tuple[str, int]:
