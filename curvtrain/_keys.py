@@ -20,8 +20,12 @@ class Purpose(enum.IntEnum):
     # of a step's key
     NOISE = _ABOVE_ALL_INDICES + 1  # the model's own randomness, and that of estimators which ride on its passes
     REFRESH = _ABOVE_ALL_INDICES + 2
+    DRAWS = _ABOVE_ALL_INDICES + 14  # of parameters from a posterior; then the index of the draw
     # of the run's key
     EVALUATION = _ABOVE_ALL_INDICES + 3  # then the index of the batch
+    PREDICTIVE = _ABOVE_ALL_INDICES + 15  # the draws at which predictions are averaged; then the index of the draw
+    # of a draw's key, besides NOISE
+    SAMPLE = _ABOVE_ALL_INDICES + 16  # the parameters that are drawn
     # of the key of a pass over a batch
     PIECES = _ABOVE_ALL_INDICES + 4  # then the index of the micro-batch
     STREAMS = _ABOVE_ALL_INDICES + 5  # then the index of the module's random stream

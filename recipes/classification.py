@@ -20,7 +20,12 @@ from common.images import ImageData, load_images
 from common.optimizers import OptimizerName
 from common.runs import RunOptions, run
 
-RATES: dict[str, float] = {}
+# Of nine rates from 1e-4 to 1 in steps of 10^(1/2), those in the middle of the good ones for the perceptron on digits.
+RATES = {"adam": 1e-2, "adamw": 1e-2, "momentum": 0.1, "nesterov": 0.1, "sgd": 0.3}
+RATES |= {f"fosi_{name}": rate for name, rate in RATES.items() if name != "adamw"}
+RATES |= {"soap": 1e-2, "shampoo": 1e-2, "kl_shampoo": 1e-2, "psgd": 1e-2, "muon": 1e-2, "fadam": 1e-2}
+RATES |= {"rf_rmsprop": 0.1, "rf_adamw": 0.3, "natural_gradient": 3e-3}
+RATES |= {"sirfshampoo": 3e-2, "if_shampoo": 1e-2, "singd": 1e-2}
 
 
 @dataclasses.dataclass(frozen=True)

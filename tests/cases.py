@@ -142,6 +142,11 @@ OPTIMIZERS = {
         lambda: optim.singd(0.01, normalize_lr_cov=False, weight_decay=0.1),
         InverseFreeKFAC(normalized=False, **PLAIN),
     ),
+    "ivon": (lambda: optim.ivon(0.1, 50.0, 0.5, b2=0.9), DiagonalFisher()),
+    "ivon, gradsq": (lambda: optim.ivon(0.1, 50.0, hess_approx="gradsq", clip_radius=1.0), DiagonalFisher()),
+    "vogn": (lambda: optim.vogn(0.1, 50.0, 2.0, kl_weight=optax.linear_schedule(0.1, 1.0, 5)), DiagonalFisher()),
+    "vogn, Kronecker": (lambda: optim.vogn(0.1, 50.0, momentum=0.9), KFAC(inverse="eigh", **PLAIN)),
+    "log_vogn": (lambda: optim.log_vogn(0.1, 50.0), DiagonalFisher("empirical", ema=0.0)),
     "psgd": (lambda: optim.psgd(0.01, weight_decay=0.1, clip_global_norm=1.0), PSGD()),
     "psgd, nesterov": (lambda: optim.psgd(0.01, nesterov=True, style="adam"), PSGD(Kron("EQ"), "hessian")),
 }

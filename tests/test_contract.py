@@ -16,8 +16,9 @@ from flax import nnx
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
-from curvtrain import Objective, losses
+from curvtrain import Objective, losses, optim
 from curvtrain.curvature import KFAC
+from curvtrain.curvature.posterior import posteriors
 
 KEY = jax.random.key(1)
 
@@ -218,8 +219,12 @@ def test_optimizer(name):
     def step(params, state, batch):
         nonlocal traces
         traces += 1
-        value, grads, _, _ = objective.value_and_grad(params, batch)
-        extra = dict(objective=objective, batch=batch, key=KEY, value=value, grad=grads, anything="goes")
+        look = lambda params, key: objective.value_and_grad(params, batch)[:2]
+        (value, grads), draws = look(params, None), {}
+        if posteriors(state):  # its gradients are taken at draws
+            value, grads, found = optim.at_draws(look, state, params, KEY, samples=2, curvature=curvature)
+            draws = {"draws": found}
+        extra = dict(objective=objective, batch=batch, key=KEY, value=value, grad=grads, anything="goes", **draws)
         return tx.update(grads, state, params, curvature=curvature, **extra)
 
     state = tx.init(params)

@@ -80,8 +80,9 @@ def batch(n):
         (lambda: optim.kfac(), curvature.KFAC("sampled")),
         (lambda: optim.psgd(1e-2), curvature.PSGD(fit="hessian", update_probability=0.5)),
         (lambda: optim.natural_gradient(0.1), curvature.DiagonalFisher("sampled")),
+        (lambda: optim.vogn(0.1), curvature.DiagonalFisher("sampled")),
     ],
-    ids=["KFAC", "PSGD", "DiagonalFisher"],
+    ids=["KFAC", "PSGD", "DiagonalFisher", "draws"],
 )
 def test_no_key_is_used_twice_in_a_run(optimizer, estimator, quick_compile):
     """JAX's own checker reads the programs of a run and of its evaluation.
@@ -93,6 +94,8 @@ def test_no_key_is_used_twice_in_a_run(optimizer, estimator, quick_compile):
     schedule = CurvatureSchedule(refresh_every=1)
     with jax.debug_key_reuse(True):
         arguments = dict(train_data=batch(32), optimizer=optimizer(), curvature=estimator, schedule=schedule)
+        if hasattr(arguments["optimizer"], "sample"):
+            arguments |= dict(mc_samples=2, predictive_samples=2)
         trainer = Trainer(config, **arguments)
         trainer.fit()
         trainer.evaluate(batch(20))

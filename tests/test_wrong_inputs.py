@@ -2,6 +2,7 @@
 
 import re
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import curvtrain
-from curvtrain import CurvatureSchedule, Objective, Trainer, TrainerConfig, curvature, losses, optim
+from curvtrain import CurvatureSchedule, Objective, Trainer, TrainerConfig, curvature, losses, optim, trainer
 from curvtrain.curvature import products
 
 INTERNALS = re.compile(r"Tracer|traced|jax\._src|optax\._src|ShapedArray|jit\(|pjit|jaxpr|vmap|[Cc]oncretiz|\baval")
@@ -54,10 +55,15 @@ def fit(optimizer=None, estimator=None, cls=T, train=data, schedule=None, **opti
     config = dict(steps=2, batch_size=16, progress=False) | {k: v for k, v in options.items() if k in fields}
     own = {k: v for k, v in options.items() if k not in fields}
     optimizer = optax.sgd(0.1) if optimizer is None else optimizer
-    trainer = cls(
+    run = cls(
         TrainerConfig(**config), train_data=train, optimizer=optimizer, curvature=estimator, schedule=schedule, **own
     )
-    return trainer.fit()
+    return run.fit()
+
+
+def row(arrays, index):
+    """One example."""
+    return {name: a[index] for name, a in arrays.items()}
 
 
 def with_(**changes):
@@ -631,6 +637,120 @@ MISTAKES = [
         lambda: fit(cls=bad(metrics=lambda self, outputs, batch: jnp.ones(3))),
         TypeError,
         "Bad.metrics should return a dict, not an array of shape (3,).",
+    ),
+    (lambda: optim.ivon(0.0, 10), ValueError, "ivon(learning_rate) should be above 0.0, not 0.0."),
+    (lambda: optim.ivon(0.1, -5), ValueError, "ivon(ess) should be above 0.0, not -5."),
+    (lambda: optim.ivon(0.1, 10, 0), ValueError, "ivon(hess_init) should be above 0.0, not 0."),
+    (
+        lambda: optim.ivon(0.1, 10, hess_approx="prize"),
+        ValueError,
+        "ivon(hess_approx) should be one of 'price', 'gradsq', not 'prize'. Did you mean 'price'?",
+    ),
+    (
+        lambda: (tx := optim.ivon(0.1)).sample(tx.init(params), params, jax.random.key(0)),
+        ValueError,
+        "ivon(ess) is None, which is the number of training examples in a Trainer. In a loop of your own pass this "
+        "number, ivon(learning_rate, ess).",
+    ),
+    (
+        lambda: (tx := optim.ivon(0.1, 10)).update(params, tx.init(params), params),
+        TypeError,
+        "ivon.update() needs draws= among its extra arguments, and there is none. A Trainer passes it. In a loop of "
+        "your own take the gradient at draws: value, grads, draws = optim.at_draws(value_and_grad, opt_state, params, "
+        "key), then update(grads, opt_state, params, draws=draws).",
+    ),
+    (
+        lambda: optim.sample_params(optax.sgd(0.1).init(params), params, jax.random.key(0)),
+        TypeError,
+        "sample_params(opt_state): there is no posterior in this state, so there is nothing to draw from. Pass the "
+        "state of an optimizer that samples, as its init and update return it.",
+    ),
+    (
+        lambda: optim.log_vogn(1.5, 10),
+        ValueError,
+        "log_vogn(learning_rate) should be above 0.0 and below 1.0, not 1.5.",
+    ),
+    (lambda: optim.log_vogn(0.1, -1), ValueError, "log_vogn(data_size) should be above 0.0, not -1."),
+    (
+        lambda: optim.vogn_preset("lenet5", 60_000, 100),
+        ValueError,
+        "vogn_preset(name) should be one of 'lenet', 'lenet_kfac', 'resnet18_cifar10', 'resnet18_imagenet', not "
+        "'lenet5'. Did you mean 'lenet'?",
+    ),
+    (lambda: optim.vogn(-0.1, 10), ValueError, "vogn(learning_rate) should be above 0.0, not -0.1."),
+    (lambda: optim.vogn(0.1, 0), ValueError, "vogn(data_size) should be above 0.0, not 0."),
+    (lambda: optim.vogn(0.1, 10, 0.0), ValueError, "vogn(prior_precision) should be above 0.0, not 0.0."),
+    (lambda: optim.vogn(0.1, 10, damping=-1.0), ValueError, "vogn(damping) should be at least 0.0, not -1.0."),
+    (lambda: optim.vogn(0.1, 10, kl_weight=0.0), ValueError, "vogn(kl_weight) should be above 0.0, not 0.0."),
+    (
+        lambda: (tx := optim.vogn(0.1, 10)).sample(tx.init(params), params, jax.random.key(0)),
+        TypeError,
+        "vogn draws from the posterior that its curvature makes, so sample(opt_state, params, key, curvature=) needs "
+        "one. A Trainer passes it; in a loop of your own, pass what the estimator maintains.",
+    ),
+    (
+        lambda: fit(optim.vogn(0.1), curvature.KFAC()),
+        TypeError,
+        "vogn draws with the root (C + damping I)^-0.5, which KroneckerFactors does not have here. Take "
+        "curvature.DiagonalFisher() or curvature.KFAC(inverse='eigh').",
+    ),
+    (
+        lambda: fit(optim.vogn(0.1)),
+        TypeError,
+        "optim.vogn takes a Curvature, such as that of curvature.KFAC(), and T(curvature) is None. Give it an "
+        "estimator.",
+    ),
+    (
+        lambda: (tx := optim.vogn(0.1, 10)).sample(
+            tx.init(params),
+            params,
+            jax.random.key(0),
+            curvature.DiagonalFisher().init(*objective.select(params, [("a", "kernel"), ("a", "bias")])),
+        ),
+        ValueError,
+        "vogn: b/bias (3,), b/kernel (5, 3) of the gradients is not among the parameters of the curvature, a/bias "
+        "(5,), a/kernel (4, 5), ...: this Diagonal is of another model.",
+    ),
+    (
+        lambda: fit(mc_samples=2),
+        ValueError,
+        "T(mc_samples=2) needs an optimizer that samples, with a method sample(opt_state, params, key, curvature), and "
+        "this one has none. Leave it out, or take such an optimizer.",
+    ),
+    (
+        lambda: fit(predictive_samples=3),
+        ValueError,
+        "T(predictive_samples=3) needs an optimizer that samples, with a method sample(opt_state, params, key, "
+        "curvature), and this one has none. Leave it out, or take such an optimizer.",
+    ),
+    (lambda: fit(optim.ivon(0.1), mc_samples=0), ValueError, "T(mc_samples) should be at least 1, not 0."),
+    (
+        lambda: fit(optim.ivon(0.1), mc_samples=3, mesh={"data": 4, "mc": 2}),
+        ValueError,
+        "T(mc_samples=3) should be divisible over the mesh {'data': 4, 'mc': 2}, which splits the draws of a step into "
+        "2.",
+    ),
+    (
+        lambda: fit(
+            optim.ivon(0.1), predictive_samples=3, cls=bad(loss=losses.PerExample(lambda o, b: jnp.sum(o, -1)))
+        ),
+        TypeError,
+        "Bad(predictive_samples=3) averages predictions, and PerExample does not say how: define "
+        "PerExample.average(stacked), from outputs with a leading axis of draws to outputs.",
+    ),
+    (
+        lambda: fit(
+            optim.ivon(0.1), train=grain.MapDataset.source(np.arange(32)).map(lambda i: row(data, i)).batch(16).repeat()
+        ),
+        ValueError,
+        "ivon(ess) is None, and train_data does not say how many examples it has. Pass their number, "
+        "ivon(learning_rate, ess).",
+    ),
+    (
+        lambda: trainer.calibration.brier_score(jnp.ones((4, 3)), jnp.ones((4, 3))),
+        ValueError,
+        "calibration.brier_score takes logits (..., classes) and integer labels (...), not outputs of shape (4, 3) and "
+        "labels of shape (4, 3).",
     ),
 ]
 

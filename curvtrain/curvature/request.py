@@ -5,6 +5,7 @@ finds it whatever the optimizer is wrapped in (`optax.chain`, `masked`, `multi_t
 and learns which parameters are to be measured, what kind of curvature is expected, and which damping it will ask for.
 """
 
+import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -81,8 +82,12 @@ class Request:
         return dataclasses.replace(self, damping=damping)
 
 
-class Answered:
+class Answered(abc.ABC):
     """A base class for optimizer states that hold their own curvature: nobody else needs to answer their requests."""
+
+    @abc.abstractmethod
+    def answer(self) -> tuple[PyTree, Any]:
+        """(the state of the optimizer whose requests are answered, the curvature that answers them)."""
 
 
 def requests(opt_state: PyTree) -> list[Request]:

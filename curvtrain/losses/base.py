@@ -26,26 +26,28 @@ from curvtrain.losses.weighing import (
 
 Batch = Mapping[str, Any]
 
-_OF_VALUES = ("hessian_product", "hessian_columns", "sample_targets")  # methods that belong to one `values`
+_OF_VALUES = ("hessian_product", "hessian_columns", "sample_targets", "average")  # methods that belong to one `values`
 _STALE = weakref.WeakSet()  # methods in the place of such that belong to others
 
 
 class Loss(abc.ABC):
     """A per-example loss of the outputs. A subclass needs `values` alone; the rest has defaults.
 
-    A subclass that overrides `values` is another loss. Of what it inherits, `hessian_columns` and `sample_targets` are
-    those of the old one and raise, until it defines them or says that they are right as they are: in the class,
-    `hessian_columns = SoftmaxCrossEntropy.hessian_columns`. Everything else follows from the new values.
+    A subclass that overrides `values` is another loss. Of what it inherits, `hessian_columns`, `sample_targets` and
+    `average` are those of the old one and raise, until it defines them or says that they are right as they are: in the
+    class, `hessian_columns = SoftmaxCrossEntropy.hessian_columns`. Everything else follows from the new values.
 
     Attributes:
       has_factor: whether the loss has a `hessian_columns` of its own.
       can_sample: whether it has a `sample_targets` of its own.
+      can_average: whether it has an `average` of its own.
       hessian_is_fisher: whether its Hessian in output space is the Fisher information of a distribution that it knows.
       weights_are_known: whether its weights are those that `known_weights` reads off the batch.
     """
 
     has_factor: ClassVar[bool] = False
     can_sample: ClassVar[bool] = False
+    can_average: ClassVar[bool] = False
     hessian_is_fisher: ClassVar[bool] = False
     weights_are_known: ClassVar[bool] = True
 
@@ -62,6 +64,7 @@ class Loss(abc.ABC):
         flags = {
             "has_factor": own("hessian_columns"),
             "can_sample": own("sample_targets"),
+            "can_average": own("average"),
             "hessian_is_fisher": cls.hessian_is_fisher and depth("hessian_is_fisher") <= depth("values"),
             "weights_are_known": cls.weights_are_known and depth("known_weights") <= depth("weights"),
         }
@@ -162,6 +165,10 @@ class Loss(abc.ABC):
     def sample_targets(self, outputs: Any, batch: Batch, key: jax.Array) -> Batch:
         """The batch with its targets drawn from the model's own distribution p(t | outputs)."""
         raise TypeError(f"{self._name} cannot be sampled: it defines no distribution over targets.")
+
+    def average(self, stacked: Any) -> Any:
+        """The outputs of the mean prediction, from the outputs of several draws along a new leading axis."""
+        raise TypeError(f"{self._name} does not say how predictions are averaged: it defines no average(stacked).")
 
     @property
     def fishers(self) -> tuple[str, ...]:

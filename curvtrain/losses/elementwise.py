@@ -143,6 +143,10 @@ class SquaredError(Elementwise):
         mean = wide(one_array(self, outputs))
         return {**batch, self.targets: mean + jax.random.normal(key, mean.shape, mean.dtype)}
 
+    def average(self, stacked):
+        """The mean output."""
+        return jnp.mean(wide(one_array(self, stacked)), axis=0)
+
     def check(self, batch, outputs):
         self._check_targets(batch, outputs)
 
@@ -188,6 +192,12 @@ class SigmoidCrossEntropy(Elementwise):
     def sample_targets(self, outputs, batch, key):
         p = jax.nn.sigmoid(wide(one_array(self, outputs)))
         return {**batch, self.labels: jax.random.bernoulli(key, p).astype(p.dtype)}
+
+    def average(self, stacked):
+        """The log odds of the mean probabilities."""
+        z = wide(one_array(self, stacked))
+        mean = lambda log_p: jax.nn.logsumexp(log_p, axis=0)
+        return mean(jax.nn.log_sigmoid(z)) - mean(jax.nn.log_sigmoid(-z))
 
     def check(self, batch, outputs):
         within = lambda t: not t.size or (t.min() >= 0 and t.max() <= 1)

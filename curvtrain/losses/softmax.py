@@ -98,6 +98,11 @@ class SoftmaxCrossEntropy(Loss):
             drawn = jnp.where(ignored, self.ignore_index, drawn)
         return {**batch, self.labels: drawn}
 
+    def average(self, stacked):
+        """The logarithms of the mean probabilities."""
+        log_p = jax.nn.log_softmax(wide(one_array(self, stacked)))
+        return jax.nn.logsumexp(log_p, axis=0) - jnp.log(float(len(log_p)))
+
     def metrics(self, outputs, batch):
         labels = self._labels(batch)
         right = jnp.argmax(labels, axis=-1) if _are_probabilities(labels, outputs) else labels

@@ -1,5 +1,7 @@
 """Optax transformations that consume a curvature."""
 
+from curvtrain.curvature.draws import at_draws as at_draws
+from curvtrain.curvature.posterior import sample_params as sample_params
 from curvtrain.optim.adafisher import adafisher as adafisher
 from curvtrain.optim.adafisher import adafisherw as adafisherw
 from curvtrain.optim.adafisher import scale_by_adafisher as scale_by_adafisher
@@ -16,11 +18,13 @@ from curvtrain.optim.fosi_dropin import fosi_nesterov as fosi_nesterov
 from curvtrain.optim.fosi_dropin import fosi_sgd as fosi_sgd
 from curvtrain.optim.hessian_helper import hessian_helper as hessian_helper
 from curvtrain.optim.hyperball import hyperball as hyperball
+from curvtrain.optim.ivon import ivon as ivon
 from curvtrain.optim.kfac import kfac as kfac
 from curvtrain.optim.kl_shampoo import kl_shampoo as kl_shampoo
 from curvtrain.optim.kl_shampoo import scale_by_kl_shampoo as scale_by_kl_shampoo
 from curvtrain.optim.links import add_cautious_decay as add_cautious_decay
 from curvtrain.optim.links import scale_by_norm as scale_by_norm
+from curvtrain.optim.log_vogn import log_vogn as log_vogn
 from curvtrain.optim.muon import muon as muon
 from curvtrain.optim.natural_gradient import natural_gradient as natural_gradient
 from curvtrain.optim.normuon import normuon as normuon
@@ -44,4 +48,6 @@ from curvtrain.optim.sirfshampoo import if_shampoo as if_shampoo
 from curvtrain.optim.sirfshampoo import sirfshampoo as sirfshampoo
 from curvtrain.optim.soap import scale_by_soap as scale_by_soap
 from curvtrain.optim.soap import soap as soap
+from curvtrain.optim.vogn import vogn as vogn
+from curvtrain.optim.vogn_presets import vogn_preset as vogn_preset
 from curvtrain.optim.width import scale_by_width as scale_by_width

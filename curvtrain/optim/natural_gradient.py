@@ -111,7 +111,8 @@ def natural_gradient(
       A transformation whose `update` needs the parameters and `curvature=`. It ends in parameters: no learning rate is
       to be chained after it.
     """
-    step = _NaturalGradient(
+    step = Stages(
+        "natural_gradient",
         learning_rate,
         damping,
         momentum,
@@ -130,9 +131,10 @@ def natural_gradient(
 
 
 @dataclasses.dataclass(frozen=True)
-class _NaturalGradient:
-    """The options of `natural_gradient`, checked, and its two functions."""
+class Stages:
+    """The options of `natural_gradient`, checked, and its two functions; `name` is what messages call them."""
 
+    name: str
     learning_rate: optax.ScalarOrSchedule
     damping: optax.ScalarOrSchedule
     momentum: optax.ScalarOrSchedule
@@ -140,7 +142,7 @@ class _NaturalGradient:
     momentum_correction: bool
     gradient_decay: float
     gradient_decay_type: str
-    l2: float
+    l2: float | jax.Array
     weight_decay: float
     lars: bool
     lars_type: str
@@ -148,46 +150,46 @@ class _NaturalGradient:
     mask: Any
 
     def __post_init__(self):
-        check_damping("natural_gradient(learning_rate)", self.learning_rate)
-        check_damping("natural_gradient(damping)", self.damping)
+        check_damping(f"{self.name}(learning_rate)", self.learning_rate)
+        check_damping(f"{self.name}(damping)", self.damping)
         if not callable(self.momentum):
-            _checks.number_in("natural_gradient(momentum)", self.momentum, 0.0, 1.0, open_high=True)
+            _checks.number_in(f"{self.name}(momentum)", self.momentum, 0.0, 1.0, open_high=True)
         for name in ("momentum_type", "gradient_decay_type", "lars_type"):
-            _checks.one_of(f"natural_gradient({name})", getattr(self, name), (RAW, PRECONDITIONED))
-        _checks.number_in("natural_gradient(gradient_decay)", self.gradient_decay, 0.0, 1.0, open_high=True)
-        _checks.number_in("natural_gradient(l2)", self.l2, 0.0)
-        _checks.number_in("natural_gradient(weight_decay)", self.weight_decay, 0.0)
+            _checks.one_of(f"{self.name}({name})", getattr(self, name), (RAW, PRECONDITIONED))
+        _checks.number_in(f"{self.name}(gradient_decay)", self.gradient_decay, 0.0, 1.0, open_high=True)
+        _checks.number_in(f"{self.name}(l2)", self.l2, 0.0)
+        _checks.number_in(f"{self.name}(weight_decay)", self.weight_decay, 0.0)
         if isinstance(self.rescale, str):
-            _checks.one_of("natural_gradient(rescale)", self.rescale, (FAN_OUT,))
+            _checks.one_of(f"{self.name}(rescale)", self.rescale, (FAN_OUT,))
         elif self.rescale is not None:
-            _checks.number_in("natural_gradient(rescale)", self.rescale, 0.0, open_low=True)
-        _check_mask(self.mask, self.weight_decay)
+            _checks.number_in(f"{self.name}(rescale)", self.rescale, 0.0, open_low=True)
+        _check_mask(self.name, self.mask, self.weight_decay)
         if self.momentum_correction:
-            _check_first_rate(self.learning_rate)
+            _check_first_rate(self.name, self.learning_rate)
 
     def init(self, params: PyTree) -> NaturalGradientState:
         """The state before the first update."""
         if self.mask is not None:
-            _check_mask_fits(self.mask, params)
+            _check_mask_fits(self.name, self.mask, params)
         first = value_at(self.damping, jnp.int32(0), params)
         first = (first + self.l2).astype(first.dtype)
         return NaturalGradientState(
             count=jnp.int32(0),
             velocity=None if _checks.is_off(self.momentum) else trees.zeros(params),
             average=None if _checks.is_off(self.gradient_decay) else trees.zeros(params),
-            request=Request.of("natural_gradient", Curvature, params, first, constant=is_constant(self.damping)),
+            request=Request.of(self.name, Curvature, params, first, constant=is_constant(self.damping)),
             first_rate=value_at(self.learning_rate, jnp.int32(0), params),
         )
 
     def update(self, updates, state, params=None, *, curvature=None, **extra):
         """One step; see `natural_gradient`."""
-        require_params("natural_gradient", params)
-        C = require_curvature("natural_gradient", curvature, Curvature, "curvature.KFAC(), or another estimator")
+        require_params(self.name, params)
+        C = require_curvature(self.name, curvature, Curvature, "curvature.KFAC(), or another estimator")
         w, t = trees.wide(params), state.count
         rate = value_at(self.learning_rate, t, params)
         g = jax.tree.map(lambda g, w: g + self.l2 * w, trees.wide(updates), w)
         g, state = self._stage(RAW, g, w, rate, state)
-        to, back = vectors_for("natural_gradient", C, updates)
+        to, back = vectors_for(self.name, C, updates)
         g = back(C.solve(to(g), damping_now(self.damping, t, state.damping, self.l2)))
         if not _checks.is_off(self.weight_decay):
             decayed = optax.add_decayed_weights(self.weight_decay, self.mask)
@@ -231,30 +233,30 @@ def _rescaled(w: jax.Array, norm: Any) -> jax.Array:
     return jnp.where(size > _SMALL, target / size, 1.0) * w
 
 
-def _check_mask(mask: Any, weight_decay: Any) -> None:
+def _check_mask(name: str, mask: Any, weight_decay: Any) -> None:
     if mask is None:
         return
     if not callable(mask) and not all(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(mask)):
         raise TypeError(
-            f"natural_gradient(mask) should be a tree of booleans like the parameters, or a function that makes one of "
+            f"{name}(mask) should be a tree of booleans like the parameters, or a function that makes one of "
             f"them, not {mask!r}."
         )
     if _checks.is_off(weight_decay):
-        raise ValueError("natural_gradient(mask) says what weight_decay is for; give a weight_decay, or no mask.")
+        raise ValueError(f"{name}(mask) says what weight_decay is for; give a weight_decay, or no mask.")
 
 
-def _check_mask_fits(mask: Any, params: PyTree) -> None:
+def _check_mask_fits(name: str, mask: Any, params: PyTree) -> None:
     tree = mask(params) if callable(mask) else mask
     try:
         jax.tree.map(lambda m, p: None, tree, params)
     except ValueError as error:
         raise ValueError(
-            f"natural_gradient(mask) should be like the parameters, {jax.tree.structure(params)}, or a prefix of them, "
+            f"{name}(mask) should be like the parameters, {jax.tree.structure(params)}, or a prefix of them, "
             f"not {jax.tree.structure(tree)}."
         ) from error
 
 
-def _check_first_rate(learning_rate: optax.ScalarOrSchedule) -> None:
+def _check_first_rate(name: str, learning_rate: optax.ScalarOrSchedule) -> None:
     first = value_at(learning_rate, jnp.int32(0), ())
     try:
         rate = float(first)
@@ -262,6 +264,6 @@ def _check_first_rate(learning_rate: optax.ScalarOrSchedule) -> None:
         return
     if not rate > 0:
         raise ValueError(
-            f"natural_gradient(momentum_correction) divides by the learning rate at step 0, which is {rate}. "
+            f"{name}(momentum_correction) divides by the learning rate at step 0, which is {rate}. "
             f"Start the schedule above zero, or give momentum a schedule of its own."
         )

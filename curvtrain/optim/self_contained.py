@@ -46,6 +46,9 @@ class SelfContainedState(Answered):
     next_update: jax.Array
     next_refresh: jax.Array
 
+    def answer(self):
+        return self.inner, self.curvature
+
 
 def self_contained(
     tx: optax.GradientTransformation,

@@ -11,6 +11,7 @@ from curvtrain.trainer.run.results import FitResult as FitResult
 from curvtrain.trainer.run.results import Preempted as Preempted
 from curvtrain.trainer.state import TrainState as TrainState
 from curvtrain.trainer.trainer import Trainer as Trainer
+from curvtrain.trainer.watch import calibration as calibration
 from curvtrain.trainer.watch import hooks as hooks
 from curvtrain.trainer.watch.hooks import Call as Call
 from curvtrain.trainer.watch.hooks import EarlyStopping as EarlyStopping

@@ -24,8 +24,8 @@ class TrainerConfig:
       batch_size: examples per step, over all devices and processes.
       seed: the seed of initialisation, data order, dropout and estimators; step t uses fold_in(seed, t).
       workdir: folder for checkpoints and logs; None keeps everything in memory.
-      mesh: axes and sizes, among "data", "fsdp" and "tensor"; -1 is the rest of the devices. The batch is split over
-        data and fsdp.
+      mesh: axes and sizes, among "data", "fsdp", "tensor" and "mc"; -1 is the rest of the devices. The batch is split
+        over data and fsdp, and over mc the draws of an optimizer that samples.
       sharding: "replicated"; "fsdp" (every parameter split along its largest axis that divides); or rules
         [(regex of the parameter's path, PartitionSpec or one of these words), ...]. The first match counts; without a
         match a parameter is replicated. A parameter that carries an NNX sharding annotation keeps it.

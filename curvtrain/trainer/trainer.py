@@ -52,7 +52,8 @@ class Trainer(abc.ABC):
       eval_data: likewise (a grain dataset should be finite); None evaluates nothing.
       optimizer: any optax transformation, or an object of your own with `init` and `update`. Its update gets those of
         the extra arguments `curvature`, `objective`, `batch`, `key`, `value`, `grad`, `value_fn` and `grad_fn` that it
-        takes.
+        takes. If it samples, which shows in a method `sample(opt_state, params, key, curvature=None)` or in a
+        posterior in its state, gradients are taken at draws, and `draws` is an extra argument, too.
       curvature: the estimator of the curvature that the optimizer takes, or None.
       schedule: when it updates and refreshes; None is `CurvatureSchedule()`, which refreshes as often as the optimizer
         adapts its damping.
@@ -64,6 +65,11 @@ class Trainer(abc.ABC):
         predicate (path, variable) -> bool, such as `nnx.PathContains("head")`, or a combination of them. The others
         are frozen: sharded and checkpointed, but in no gradient, optimizer state, average or curvature. Other state
         (batch statistics) is no parameter and changes as the model changes it.
+      mc_samples: with an optimizer that samples, the number of draws of the parameters at which a step takes gradients
+        and statistics of the curvature, which are then averaged, as is the model's other state; one after the other, or
+        split over the axis "mc" of the config's mesh. What is drawn depends on the seed, the step and the draw alone.
+      predictive_samples: the number of draws over which `evaluate` averages predictions, by `Loss.average`; the same
+        draws in every evaluation of a state. 0: the prediction at the parameters, the means.
 
     One of several processes (of `python -m curvtrain.launch`, SLURM, Open MPI, ...) joins the others here, see
     `curvtrain.trainer.distributed`.
@@ -86,6 +92,8 @@ class Trainer(abc.ABC):
         hooks: Sequence[Hook] = (),
         eval_params: Callable[[Any, Any], Any] | None = None,
         trainable: Any = nnx.Param,
+        mc_samples: int = 1,
+        predictive_samples: int = 0,
     ):
         name = type(self).__name__
         if not isinstance(config, TrainerConfig):
@@ -112,7 +120,8 @@ class Trainer(abc.ABC):
         regulariser = None if type(self).regulariser is Trainer.regulariser else self.regulariser
         task = Task(name, self.build_model, self.predict, self.loss, self._metrics, trainable, regulariser)
         schedule = schedule or CurvatureSchedule()
-        self._plan = Plan(config, task, train_data, optimizer, curvature, schedule, eval_params)
+        draws = mc_samples, predictive_samples
+        self._plan = Plan(config, task, train_data, optimizer, curvature, schedule, eval_params, *draws)
         if eval_data is not None:
             self._plan.check_eval_data(eval_data)
         self._run = Run(self._plan.first_state, self._plan.streams())

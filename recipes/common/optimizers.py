@@ -24,6 +24,8 @@ OptimizerName = Literal[
     "sirfshampoo",
     "if_shampoo",
     "singd",
+    "ivon",
+    "vogn",
     "fadam",
     "rf_rmsprop",
     "rf_adamw",
@@ -36,7 +38,7 @@ OptimizerName = Literal[
 ]
 
 Rate = optax.ScalarOrSchedule
-Chosen = dict[str, Any]  # keywords of a Trainer: optimizer, and perhaps curvature and schedule
+Chosen = dict[str, Any]  # keywords of a Trainer: optimizer, and perhaps curvature, schedule, draws
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,8 @@ class OptimizerOptions:
       l2: of K-FAC: coefficient of a penalty l2/2 |parameters|^2.
       preconditioner: of PSGD: its family.
       fit: of PSGD: whether it whitens gradients, or inverts the Hessian or the Gauss-Newton matrix.
+      mc_samples: of IVON and VOGN: draws of the parameters at which each step takes gradients.
+      predictive_samples: of IVON and VOGN: draws over which an evaluation averages predictions; 0: at the mean.
       update_every: steps between two statistics (1 unless given), or two fits of PSGD (1 for 500 steps unless given,
         then ever more).
       refresh_every: steps between refreshes of eigenpairs (100 unless given), of K-FAC's inverses (5 unless given,
@@ -78,6 +82,8 @@ class OptimizerOptions:
     l2: float = 0.0
     preconditioner: Literal["kron", "affine", "low_rank", "xmat", "dense", "diagonal"] = "kron"
     fit: Literal["gradient", "hessian", "ggn"] = "gradient"
+    mc_samples: int = 1
+    predictive_samples: int = 16
     update_every: int | None = None
     refresh_every: int | None = None
 
@@ -199,6 +205,23 @@ def _singd(options: OptimizerOptions, rate: Any) -> Chosen:
     return _inverse_free(options, optim.singd(rate), estimator, 10)
 
 
+def _ivon(options: OptimizerOptions, rate: Any) -> Chosen:
+    return dict(optimizer=optim.ivon(rate, hess_init=0.1), **_draws(options))
+
+
+def _vogn(options: OptimizerOptions, rate: Any) -> Chosen:
+    return dict(
+        optimizer=optim.vogn(rate, momentum=0.9),
+        curvature=curvature.DiagonalFisher("empirical", ema=0.99),
+        schedule=curvtrain.CurvatureSchedule(update_every=options.update_every or 1),
+        **_draws(options),
+    )
+
+
+def _draws(options: OptimizerOptions) -> Chosen:
+    return dict(mc_samples=options.mc_samples, predictive_samples=options.predictive_samples)
+
+
 def _whitening(
     make: Callable[[Any], optax.GradientTransformation], estimator: curvature.GradientKronecker
 ) -> Callable[..., Chosen]:
@@ -220,6 +243,8 @@ WITH_CURVATURE: dict[str, Callable[[OptimizerOptions, Any], Chosen]] = {
     "kfac": _kfac,
     "natural_gradient": _natural_gradient,
     "psgd": _psgd,
+    "ivon": _ivon,
+    "vogn": _vogn,
     "sirfshampoo": _sirfshampoo,
     "if_shampoo": _if_shampoo,
     "singd": _singd,

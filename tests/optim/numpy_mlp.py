@@ -7,6 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from curvtrain import optim
+from curvtrain._keys import Purpose, fold
+from curvtrain.curvature import Diagonal, trees
+
 Arrays = dict[str, np.ndarray]
 EXAMPLES = 16
 
@@ -73,3 +77,47 @@ def replay(
             params = optax.apply_updates(params, updates)
     moved = {name: np.abs(np.asarray(params[name]) - right[name]).max() for name in right}
     return max(moved[name] / np.abs(right[name]).max() for name in right)
+
+
+def noise_of(step: int, draw: int) -> Arrays:
+    """Standard normal numbers of a draw of parameters, float64, as the package makes them."""
+    with jax.enable_x64(True):
+        key = fold(jax.random.fold_in(jax.random.key(step), draw), Purpose.SAMPLE)
+        drawn = trees.normal(jax.random.fold_in(key, 0), jax.tree.map(jnp.asarray, begin()))
+    return {name: np.asarray(e) for name, e in drawn.items()}
+
+
+def replay_draws(
+    tx: optax.GradientTransformationExtraArgs,
+    right: Arrays,
+    steps: int,
+    samples: int,
+    curvature_at: Callable[[int], Arrays] | None = None,
+) -> float:
+    """The largest relative distance of parameters from a reference's after steps of an optimizer that samples.
+
+    Args:
+      tx: the optimizer.
+      right: the parameters of the reference, which has the noise of `noise_of`.
+      steps, samples: how many.
+      curvature_at: the diagonal of a step, if it takes a curvature; zero before the first step.
+    """
+    with jax.enable_x64(True):
+        params = jax.tree.map(jnp.asarray, begin())
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
+        state, before = tx.init(params), Diagonal(trees.zeros(params))
+
+        @jax.jit
+        def one(params, state, before, after, step):
+            of = lambda theta, step: gradient(jax.tree.map(np.asarray, theta), int(step))
+            look = lambda theta, _: (jnp.zeros(()), jax.pure_callback(of, shapes, theta, step))
+            key = jax.random.key(step)
+            _, grads, draws = optim.at_draws(look, state, params, key, samples=samples, curvature=before)
+            updates, state = tx.update(grads, state, params, curvature=after, draws=draws)
+            return optax.apply_updates(params, updates), state
+
+        for step in range(steps):
+            after = Diagonal(jax.tree.map(jnp.asarray, curvature_at(step))) if curvature_at else before
+            params, state = one(params, state, before, after, step)
+            before = after
+    return max(np.abs(np.asarray(params[k]) - right[k]).max() / np.abs(right[k]).max() for k in right)

@@ -19,6 +19,7 @@ from curvtrain.curvature import (
     KroneckerDiagonal,
     Lanczos,
 )
+from curvtrain.curvature.posterior import posteriors
 
 KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
@@ -61,6 +62,22 @@ CASES = {
     "if_shampoo": (optim.if_shampoo, dict(learning_rate=1e-2, momentum=0.5), InverseFree(rate=0.05, damping=1e-4)),
     "singd": (optim.singd, dict(learning_rate=1e-2, damping=0.1), InverseFreeKFAC(damping=0.1)),
     "kl_shampoo": (optim.kl_shampoo, dict(learning_rate=1e-2, b2=0.9, eps=1e-6), GradientKronecker("kl", decay=0.9)),
+    "ivon": (optim.ivon, dict(learning_rate=0.1, ess=50.0), DiagonalFisher()),
+    "ivon, all": (
+        optim.ivon,
+        dict(learning_rate=0.1, ess=50.0, hess_init=0.5, b1=0.8, b2=0.9, weight_decay=0.01, clip_radius=1.0),
+        DiagonalFisher(),
+    ),
+    "vogn": (
+        optim.vogn,
+        dict(learning_rate=0.1, data_size=50.0, prior_precision=2.0, damping=0.1, kl_weight=0.5, init_precision=3.0),
+        DiagonalFisher("exact"),
+    ),
+    "log_vogn": (
+        optim.log_vogn,
+        dict(learning_rate=0.1, data_size=50.0, prior_precision=2.0, damping=0.1, temperature=0.5, init_sigma=0.5),
+        DiagonalFisher("exact"),
+    ),
     "scale_by_curvature": (optim.scale_by_curvature, dict(damping=0.1), DiagonalFisher("exact")),
     "scale_by_curvature, root": (optim.scale_by_curvature, dict(damping=0.1, exponent=-0.5), DiagonalFisher("exact")),
 }
@@ -81,9 +98,13 @@ def steps(tx, estimator, count=3):
     @jax.jit
     def step(params, state, curvature):
         value, grads, _, _ = objective.value_and_grad(params, BATCH, KEY)
+        draws = {}
+        if posteriors(state):
+            look = lambda theta, key: objective.value_and_grad(theta, BATCH, key)[:2]
+            value, grads, draws["draws"] = optim.at_draws(look, state, params, KEY, curvature=curvature)
         curvature = estimator.update(curvature, objective, params, BATCH, KEY, grads=grads)
         curvature = estimator.refresh(curvature, objective, params, BATCH, KEY)
-        extra = dict(curvature=curvature, objective=objective, batch=BATCH, key=KEY, value=value, grad=grads)
+        extra = dict(curvature=curvature, objective=objective, batch=BATCH, key=KEY, value=value, grad=grads, **draws)
         updates, state = tx.update(grads, state, params, **extra)
         return optax.apply_updates(params, updates), state, curvature
 

@@ -35,6 +35,8 @@ OPTIMIZERS = {
     "natural_gradient(rate)": lambda: optim.natural_gradient(0.1),
     "scale_by_curvature(damping)": lambda: optim.scale_by_curvature(0.1),
     "scale_by_curvature(damping, -0.5)": lambda: optim.scale_by_curvature(0.1, -0.5),
+    "vogn(rate)": lambda: optim.vogn(0.1, 50.0),
+    "log_vogn(rate)": lambda: optim.log_vogn(0.1, 50.0),
     "psgd(rate)": lambda: optim.psgd(0.1),
     "adafisher(rate)": lambda: optim.adafisher(0.1),
     "adafisherw(rate)": lambda: optim.adafisherw(0.1),
@@ -60,7 +62,7 @@ ESTIMATORS = {
     "InverseFreeKFAC": InverseFreeKFAC(),
     "PSGD": PSGD(),
 }
-REFUSALS = re.compile(r"takes|has no power -0\.5|kfac|natural_gradient")
+REFUSALS = re.compile(r"takes|draws with the root|has no power -0\.5|kfac|natural_gradient")
 
 
 def promised():

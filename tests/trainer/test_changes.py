@@ -69,6 +69,16 @@ BASE = dict(
     ema=0.9,
     eval_data=examples(20, seed=1),
 )
+
+
+class Sampling(optax.GradientTransformationExtraArgs):
+    """An optimizer with a sample, which has the state of another one."""
+
+    def sample(self, opt_state, params, key, curvature=None):
+        return params
+
+
+SAMPLING = Sampling(*optax.with_extra_args_support(optax.adam(1e-2)))
 # an example of each change, by (name, whether it may be)
 CONFIG_EXAMPLES = {
     ("steps", True): dict(steps=5),
@@ -104,6 +114,8 @@ TRAINER_EXAMPLES = {
     ("train_data", False): dict(train_data=examples(72)),
     ("eval_data", True): dict(eval_data=examples(12, seed=2)),
     ("eval_params", True): dict(eval_params=None),
+    ("mc_samples", True): dict(optimizer=SAMPLING, mc_samples=2),
+    ("predictive_samples", True): dict(optimizer=SAMPLING, predictive_samples=2),
     ("hooks", True): dict(hooks=[Call(lambda run: None), EarlyStopping()]),
     ("trainable", False): dict(trainable=nnx.PathContains("outer"), curvature=None, schedule=None),
 }

@@ -12,7 +12,8 @@ import jax
 import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from tiny import Counting, Mlp, examples, on, trainer
+from meshes import on
+from tiny import Counting, Mlp, examples, trainer
 
 from curvtrain import CurvatureSchedule
 from curvtrain.trainer import Call

@@ -18,9 +18,9 @@ import run_meshes
 from cases import CASES
 from jax.sharding import PartitionSpec
 from lives import environment
+from meshes import on
 from run_meshes import ON, SAVED, STEPS, assert_opens, assert_planned, assert_same_bits, history, make, shards
 from run_small import leaves
-from tiny import on
 
 from curvtrain.curvature import Eigenpairs, KroneckerFactors
 from curvtrain.curvature.request import requested_damping, requests

@@ -43,7 +43,10 @@ def test_mesh(axes, sizes):
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"dat": -1}, r"TrainerConfig\(mesh\) axis should be one of 'data', 'fsdp', 'tensor', not 'dat'.*mean 'data'"),
+        (
+            {"dat": -1},
+            r"TrainerConfig\(mesh\) axis should be one of 'data', 'fsdp', 'tensor', 'mc', not 'dat'.*mean 'data'",
+        ),
         ({"data": 3}, r"mesh=\{'data': 3\}\) should multiply to the 8 devices.*Use -1 for the rest"),
         ({"data": 3, "fsdp": -1}, r"8 devices of this run, and 3 does not divide them"),
         ({"data": 16, "fsdp": -1}, r"8 devices of this run, and 16 does not divide them"),

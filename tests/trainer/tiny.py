@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from curvtrain import Trainer, TrainerConfig, losses
 from curvtrain.curvature import Curvature, CurvatureEstimator
-from curvtrain.trainer.mesh import sharding
 
 FEATURES, CLASSES = 6, 3
 
@@ -72,6 +71,8 @@ OPTIONS = (
     "hooks",
     "eval_params",
     "trainable",
+    "mc_samples",
+    "predictive_samples",
     "model",
 )
 
@@ -81,17 +82,6 @@ def trainer(kind=Classifier, **options):
     config = dict(steps=4, batch_size=16, progress=False) | {k: v for k, v in options.items() if k not in OPTIONS}
     rest = dict(train_data=examples(), optimizer=optax.sgd(0.1)) | {k: v for k, v in options.items() if k in OPTIONS}
     return kind(TrainerConfig(**config), **rest)
-
-
-def on(devices, monkeypatch):
-    """Meshes have so many of the devices."""
-
-    def make_mesh(axes):
-        sizes = [devices if size == -1 else size for size in axes.values()]
-        grid = np.array(jax.devices()[:devices]).reshape(sizes)
-        return Mesh(grid, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
-
-    monkeypatch.setattr(sharding, "make_mesh", make_mesh)
 
 
 def losses_of(result):

@@ -46,6 +46,7 @@ TRAINER = (
     Rule(("train_data",), True, "its values beyond the first batch, which nobody compares"),
     Rule(("train_data",), False, "the first batch, and of arrays the number of examples"),
     Rule(("eval_data", "eval_params"), True),
+    Rule(("mc_samples", "predictive_samples"), True),
     Rule(("hooks",), True, "the memory of a hook goes to the first of its class"),
     Rule(("trainable",), False, "which parameters are trained"),
 )

@@ -14,7 +14,8 @@ from curvtrain.trainer.config import ShardingRules
 
 PyTree = Any
 
-AXES = ("data", "fsdp", "tensor")
+DRAWS_AXIS = "mc"  # over which draws of parameters are split
+AXES = ("data", "fsdp", "tensor", DRAWS_AXIS)
 BATCH_AXES = ("data", "fsdp")  # axes over which the examples of a batch are split
 SMALLEST = 1024  # elements; a smaller parameter is replicated by "fsdp": gathering it costs more than it saves
 

@@ -22,12 +22,11 @@ def evaluate(
 
     Args:
       plan: of the run.
-      state: what `TrainState.evaluated` and `Trainer(eval_params)` choose of it is evaluated.
+      state: what `TrainState.evaluated` and `Trainer(eval_params)` choose of it is evaluated, or draws around that.
       data: a dict of arrays or a finite grain dataset.
       interrupted: is asked before every batch; if it says yes, evaluation ends and the result is None.
     """
-    params, model_state = state.evaluated
-    opt_state = None if plan.eval_params is None else state.opt_state
+    evaluated = plan.evaluated(state)
     total: Metrics | None = None
     batches = eval_batches(data, plan.eval_batch_size, check=plan.check_batch)
     for index, (batch, real) in enumerate(batches):
@@ -41,7 +40,6 @@ def evaluate(
         rows = int(real.sum())
         put = plan.batches.put({"batch": batch, "real": real}, whole=True)
         cut = rows if rows < len(real) and plan.metrics_count_rows else None
-        evaluated = params, opt_state, state.frozen, model_state
         seen = plan.programs.evaluate(*evaluated, put["batch"], put["real"], state.key, np.uint32(index), rows=cut)
         total = merge(total, jax.device_get(seen))
     if total is None:

@@ -4,13 +4,21 @@ from typing import Any
 
 import jax
 
+from curvtrain.curvature.draws import Draws
 from curvtrain.objective import Objective
 
 PyTree = Any
 
 
 def extra_args(
-    curvature: Any, objective: Objective, part: Objective, batch: Any, key: jax.Array, loss: jax.Array, grads: PyTree
+    curvature: Any,
+    objective: Objective,
+    part: Objective,
+    batch: Any,
+    key: jax.Array,
+    loss: jax.Array,
+    grads: PyTree,
+    draws: Draws | None = None,
 ) -> dict[str, Any]:
     """The extra arguments of an optimizer's update, in optax's own names where it has one.
 
@@ -20,6 +28,7 @@ def extra_args(
       part: of the parameters that the optimizer asks about.
       batch, key: of the step.
       loss, grads: of the step's parameters.
+      draws: about the draws over which they are means; None where there are none.
     """
 
     # optax's line searches pass the other extra arguments on to value_fn, and reject those that it does not name
@@ -38,4 +47,5 @@ def extra_args(
         "grad": grads,
         "value_fn": value_fn,
         "grad_fn": grad_fn,
+        **({} if draws is None else {"draws": draws}),
     }

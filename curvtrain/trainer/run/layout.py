@@ -5,6 +5,7 @@ restored, and the subject of the dry run's report.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from curvtrain.curvature import CurvatureEstimator
+from curvtrain.curvature.posterior import with_examples
 from curvtrain.curvature.request import Request, as_wished, check_requests, requested_part, requests
 from curvtrain.losses import Loss
 from curvtrain.objective import Objective, annotated_specs, by_path, nested, path_name
@@ -69,6 +71,7 @@ class Layout:
         tx: optax.GradientTransformation,
         estimator: CurvatureEstimator | None,
         saved_choices: Mapping[str, Any],
+        examples: Callable[[Objective, PyTree], int] | None = None,
     ):
         """Evaluates the run's state abstractly.
 
@@ -79,12 +82,13 @@ class Layout:
           tx: the optimizer.
           estimator: maintains the curvature, or None.
           saved_choices: the choices in the run's checkpoints, which bind it; empty for a new run.
+          examples: the number of training examples for an objective and its parameters; None where nobody knows it.
 
         Raises:
           TypeError, ValueError: a part that does not fit the others, by its name.
         """
         self.mesh, self.choices = mesh, {}
-        self._config, self._task, self._tx = config, task, tx
+        self._config, self._task, self._tx, self._examples = config, task, tx, examples
         static: dict[str, Any] = {}
 
         def begin():
@@ -122,6 +126,11 @@ class Layout:
 
         return jax.jit(begin, out_shardings=self.shardings)()
 
+    def first_opt_state(self, objective: Objective, params: PyTree) -> PyTree:
+        """The optimizer's state before the first step; posteriors in it know the number of training examples."""
+        count = None if self._examples is None else functools.partial(self._examples, objective, params)
+        return with_examples(self._tx.init(params), count)
+
     # -- abstract values -------------------------------------------------------------------------------------------
 
     def _parts(self) -> tuple[Objective, TrainState, PyTree]:
@@ -143,7 +152,7 @@ class Layout:
             step=jnp.int32(0),
             params=params,
             model_state=objective.model_state,
-            opt_state=self._tx.init(params),
+            opt_state=self.first_opt_state(objective, params),
             curvature=None,
             ema=None if config.ema is None else average_of(params),
             key=jax.random.key(config.seed),

@@ -23,6 +23,7 @@ from curvtrain.trainer.disk.restoring import restore_newest
 from curvtrain.trainer.mesh import distributed, sharding
 from curvtrain.trainer.run.layout import Layout, Task
 from curvtrain.trainer.run.programs import Programs
+from curvtrain.trainer.run.sampling import Sampling, number_of_examples
 from curvtrain.trainer.run.step import Evaluated
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.watch.metrics import counts_rows
@@ -39,6 +40,7 @@ class Plan:
       layout: the abstract state.
       programs: the compiled programs, made when they are used.
       eval_params: the Trainer's argument of that name, or None.
+      sampling: how parameters are drawn.
       schedule_note: how periods that the schedule leaves open were chosen, for the console; empty if it says them.
       outputs: the model's outputs for a training batch, as shapes.
       metrics_count_rows: whether some metrics of an evaluation would count rows that pad its last batch.
@@ -53,6 +55,8 @@ class Plan:
         estimator: CurvatureEstimator | None,
         schedule: CurvatureSchedule,
         eval_params: Evaluated | None = None,
+        mc_samples: int = 1,
+        predictive_samples: int = 0,
     ):
         self.config, self.task, self.tx, self.eval_params = config, task, accepting(optimizer), eval_params
         mesh = sharding.make_mesh(config.mesh)
@@ -63,14 +67,22 @@ class Plan:
         self.refresh_multiple = (schedule.batch_size or config.batch_size) // config.batch_size
         self.data.iterator(CURVATURE, self.refresh_multiple)  # raises if the data does not hold so many examples
         saved = {} if estimator is None or config.workdir is None else saved_run(config.workdir)
-        self.layout = Layout(config, task, mesh, self.tx, estimator, saved.get("curvature_choices", {}))
-        if eval_params is not None:
-            _check_eval_params(f"{task.name}(eval_params)", eval_params, config, self.layout.state)
         first, multiple = self.data.first(), self.refresh_multiple
         batch = self.batches.abstract(first)
+        count = None
+        if isinstance(train_data, Mapping):
+            arrays = self.data.sample()
+            count = lambda objective, params: number_of_examples(arrays, task.loss, objective, params, batch)
+        self.layout = Layout(config, task, mesh, self.tx, estimator, saved.get("curvature_choices", {}), count)
+        own = task.name, optimizer, self.layout.state.opt_state
+        self.sampling = Sampling.of(*own, mc_samples, predictive_samples, mesh, task.loss)
+        if eval_params is not None:
+            _check_eval_params(f"{task.name}(eval_params)", eval_params, config, self.layout.state)
         wide_batch = self.batches.abstract(first, multiple) if multiple > 1 else None
         settled = schedule.settled(self.layout.requests)
-        self.programs = Programs(config, self.layout, self.tx, settled, task.metrics, batch, wide_batch, eval_params)
+        self.programs = Programs(
+            config, self.layout, self.tx, settled, task.metrics, batch, wide_batch, eval_params, self.sampling
+        )
         notes = self._update_note(schedule, settled), self._refresh_note(schedule, settled)
         self.schedule_note = "; ".join(filter(None, notes))
         self.outputs = self._abstract_outputs()
@@ -120,12 +132,17 @@ class Plan:
         self.check_batch(sample)
         self.check_padding(data, argument)
         state = self.layout.state
-        params, model_state = state.evaluated
-        opt_state = None if self.eval_params is None else state.opt_state
         batch = self.batches.abstract({"batch": first, "real": np.ones(self.eval_batch_size, bool)})
-        evaluated, index = (params, opt_state, state.frozen, model_state), jax.ShapeDtypeStruct((), jnp.uint32)
+        evaluated, index = self.evaluated(state), jax.ShapeDtypeStruct((), jnp.uint32)
         seen = self.programs.evaluate.eval_shape(*evaluated, batch["batch"], batch["real"], state.key, index, rows=None)
         self.metrics_count_rows = counts_rows(seen)
+
+    def evaluated(self, state: TrainState) -> tuple[Any, ...]:
+        """(params, opt_state, curvature, frozen, model_state), of which the second and third only where they count."""
+        params, model_state = state.evaluated
+        draws = self.sampling.predictive_samples > 0
+        opt_state = state.opt_state if draws or self.eval_params is not None else None
+        return params, opt_state, state.curvature if draws else None, state.frozen, model_state
 
     def check_batch(self, batch: Batch) -> None:
         """Raises TypeError or ValueError if the loss cannot take what a batch, or all data, holds for it."""

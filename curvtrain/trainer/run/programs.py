@@ -13,6 +13,7 @@ from curvtrain.curvature import CurvatureSchedule
 from curvtrain.trainer.config import TrainerConfig
 from curvtrain.trainer.mesh.sharding import path_name
 from curvtrain.trainer.run.layout import Layout
+from curvtrain.trainer.run.sampling import Sampling
 from curvtrain.trainer.run.step import Evaluated, Kind, MetricsFn, all_finite, eval_step, telemetry, train_step
 from curvtrain.trainer.state import TrainState
 
@@ -39,11 +40,12 @@ class Programs:
         metrics: MetricsFn,
         batch: PyTree,
         wide_batch: PyTree,
-        evaluated: Evaluated | None = None,
+        evaluated: Evaluated | None,
+        sampling: Sampling,
     ):
         self.schedule, self.batch, self.wide_batch = schedule, batch, wide_batch
         self._config, self._layout, self._tx, self._metrics = config, layout, tx, metrics
-        self._evaluated = evaluated
+        self._evaluated, self._sampling = evaluated, sampling
         self._replicated = NamedSharding(layout.mesh, PartitionSpec())
         self._lowered: dict[Kind, Any] = {}
         self._compiled: dict[Kind, Any] = {}
@@ -83,6 +85,7 @@ class Programs:
                 config.batch_size // config.accumulate,
                 self.schedule.update_first,
                 config.nonfinite == "skip",
+                self._sampling,
             )
             program = jax.jit(step, donate_argnums=0, out_shardings=(layout.shardings, self._replicated))
             with jax.set_mesh(layout.mesh):  # estimators split their work over it
@@ -111,7 +114,7 @@ class Programs:
         """
         state = self._layout.state
         like = state.params, state.model_state
-        step = eval_step(self._layout.objective, self._metrics, like, self._evaluated)
+        step = eval_step(self._layout.objective, self._metrics, like, self._evaluated, self._sampling)
         return jax.jit(step, out_shardings=self._replicated, static_argnames="rows")
 
     @functools.cached_property

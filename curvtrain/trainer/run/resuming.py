@@ -2,7 +2,8 @@
 
 Most options live in the program alone: rates, schedules, decays. Some are kept in an optimizer's state, so that they
 can be read there, and a checkpoint brings back the old ones: the constants of `optax.inject_hyperparams`, a constant
-damping in a `Request`, and the interpolation of `optax.contrib.schedule_free`. These are taken from a state made anew.
+damping in a `Request`, the numbers that make a `Posterior`, and the interpolation of `optax.contrib.schedule_free`.
+These are taken from a state made anew.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import optax
 
+from curvtrain.curvature.posterior import Posterior
 from curvtrain.curvature.request import Request
 from curvtrain.trainer.disk.reading import is_constant
 from curvtrain.trainer.mesh.sharding import path_name
@@ -26,7 +28,8 @@ def with_new_constants(plan: Plan, state: TrainState) -> tuple[TrainState, dict[
     if not names:
         return state, {}
     placed = {name: leaf.sharding for name, leaf in _leaves(plan.layout.state.opt_state) if name in names}
-    made = lambda params: {name: leaf for name, leaf in _leaves(plan.tx.init(params)) if name in names}
+    first = lambda params: plan.layout.first_opt_state(plan.layout.objective, params)
+    made = lambda params: {name: leaf for name, leaf in _leaves(first(params)) if name in names}
     new = jax.jit(made, out_shardings=placed)(state.params)
     old = {name: leaf for name, leaf in _leaves(state.opt_state) if name in names}
     before, after = jax.device_get((old, new))
@@ -46,6 +49,8 @@ def constants(opt_state: PyTree) -> set[str]:
     for name, node in _nodes(opt_state, Request):
         if node.constant and node.damping is not None:
             found.add(f"{name}/damping")
+    for name, node in _nodes(opt_state, Posterior):
+        found |= {f"{name}/{constant}" for constant in node.constants}
     return found | {f"{name}/b1" for name, _ in _nodes(opt_state, optax.contrib.ScheduleFreeState)}
 
 

@@ -17,8 +17,9 @@ from curvtrain._keys import Purpose, fold
 from curvtrain.curvature.base import CurvatureEstimator, Estimate
 from curvtrain.curvature.request import part_of, requested_damping, requested_part, requests
 from curvtrain.losses import weight_like
-from curvtrain.objective import Objective
+from curvtrain.objective import Measure, Objective
 from curvtrain.trainer.run.extra import extra_args
+from curvtrain.trainer.run.sampling import Sampling
 from curvtrain.trainer.state import TrainState
 from curvtrain.trainer.watch.metrics import Metrics, measure, reduce_pieces, with_penalty
 
@@ -50,11 +51,13 @@ def train_step(
     refresh_microbatch: int | None,
     update_first: bool = True,
     skips: bool = False,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
 ) -> Callable[..., tuple[TrainState, Seen]]:
     """The function `(state, batch, curvature_batch) -> (state, (metrics, skipped))` of one kind of step.
 
     A refresh sees `curvature_batch`, or the training batch where that is None. The metrics are those of the training
-    batch before the parameters move.
+    batch before the parameters move. With an optimizer that samples, loss, gradient, metrics, model state and what the
+    estimator measures in backward passes are means over draws; what it computes by itself is at the parameters.
 
     Args:
       kind: whether the step updates and refreshes the curvature.
@@ -66,6 +69,7 @@ def train_step(
       refresh_microbatch: examples that a refresh on a curvature batch walks at a time.
       update_first: whether the optimizer is given the curvature after this step's update and refresh, or before.
       skips: whether a step whose loss, gradient or new parameters are not finite leaves all but the count as it was.
+      sampling: how parameters are drawn.
     """
 
     def step(state: TrainState, batch: Any, curvature_batch: Any) -> tuple[TrainState, Seen]:
@@ -75,17 +79,18 @@ def train_step(
 
         asked = requests(state.opt_state)
         part, params = requested_part(asked, here, state.params)  # the curvature is that of this part
-        updates_curvature = estimator is not None and kind.update
-        ride = estimator.measure(state.curvature, part, params, batch, noise) if updates_curvature else None
-        weights = here.loss_of_outputs.weights
-        observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), weights(outputs, piece))
-        loss, grads, model_state, seen, measured = here.value_grad_and_measure(
-            state.params, batch, noise, ride, observe=observe
-        )
+
+        def look(theta, noise):
+            absorbs = estimator is not None and kind.update
+            of = requested_part(asked, here, theta)
+            ride = estimator.measure(state.curvature, *of, batch, noise) if absorbs else None
+            return _pass(here, metrics_fn, theta, batch, noise, ride)
+
+        (loss, grads, model_state, measured, penalty), seen, draws = sampling.expect(look, state, key)
 
         def advance(curvature, opt_state):
             if estimator is not None and kind.update:
-                if ride is None:
+                if measured is None:
                     own = part_of(grads, params)
                     curvature = estimator.update(curvature, part, params, batch, noise, grads=own)
                 else:
@@ -99,7 +104,7 @@ def train_step(
 
         curvature = advance(state.curvature, state.opt_state) if update_first else state.curvature
 
-        extra = extra_args(curvature, here, part, batch, noise, loss, grads)
+        extra = extra_args(curvature, here, part, batch, noise, loss, grads, draws)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra)
         moved = optax.apply_updates(state.params, updates)
         if not update_first:
@@ -114,13 +119,25 @@ def train_step(
             ema=None if ema is None else moving_average(state.ema, moved, ema),
             ema_model_state=None if ema is None else moving_average(state.ema_model_state, model_state, ema),
         )
-        seen = with_penalty(reduce_pieces(seen), _penalty(here, state.params))
+        seen = with_penalty(reduce_pieces(seen), penalty)
         if not skips:
             return after, (seen, None)
         fine = all_finite((loss, grads, moved))
         return _if_fine(fine, after, state), (seen, ~fine)
 
     return step
+
+
+def _pass(
+    objective: Objective, metrics_fn: MetricsFn, params: PyTree, batch: Any, key: jax.Array, ride: Measure | None
+) -> tuple[tuple[Any, ...], Metrics]:
+    """((loss, gradient, model state, what rides on the pass, penalty), metrics of the pieces), at some parameters."""
+    weights = objective.loss_of_outputs.weights
+    observe = lambda outputs, piece: measure(metrics_fn(outputs, piece), weights(outputs, piece))
+    loss, grads, model_state, seen, measured = objective.value_grad_and_measure(
+        params, batch, key, ride, observe=observe
+    )
+    return (loss, grads, model_state, measured, _penalty(objective, params)), seen
 
 
 def _if_fine(fine: jax.Array, after: TrainState, before: TrainState) -> TrainState:
@@ -160,28 +177,35 @@ def _is_float(a: Any) -> bool:
 
 
 def eval_step(
-    objective: Objective, metrics_fn: MetricsFn, like: tuple[PyTree, PyTree], evaluated: Evaluated | None
+    objective: Objective,
+    metrics_fn: MetricsFn,
+    like: tuple[PyTree, PyTree],
+    evaluated: Evaluated | None,
+    sampling: Sampling,
 ) -> Callable[..., Metrics]:
     """The function of the evaluation, with running averages and without dropout.
 
-    It is `(params, opt_state, frozen, model_state, batch, real, key, index, rows=None) -> metrics`. Padding, where the
-    bool (batch,) `real` is false, weighs nothing; the model alone sees it if `rows`, a Python int, says how many rows
-    are real: all metrics are then of these, at the price of a program for this number. `key` is the run's, and `index`
-    that of the batch: what the model draws at random differs from batch to batch, and is the same in every evaluation.
+    It is `(params, opt_state, curvature, frozen, model_state, batch, real, key, index, rows=None) -> metrics`. Padding,
+    where the bool (batch,) `real` is false, weighs nothing; the model alone sees it if `rows`, a Python int, says how
+    many rows are real: all metrics are then of these, at the price of a program for this number. `key` is the run's,
+    and `index` that of the batch: what the model draws at random differs from batch to batch, and is the same in every
+    evaluation.
 
     Args:
       objective: the run's objective.
       metrics_fn: `(outputs, batch) -> values` of the metrics.
       like: (parameters, model state), in whose dtypes those that are given, averages perhaps, are used.
       evaluated: makes what is evaluated of the optimizer's state and the parameters; None where it is these.
+      sampling: over which draws around them predictions are averaged.
     """
 
-    def step(params, opt_state, frozen, model_state, batch, real, key, index, rows=None):
+    def step(params, opt_state, curvature, frozen, model_state, batch, real, key, index, rows=None):
         if evaluated is not None:
             params = evaluated(opt_state, params)
         params, model_state = jax.tree.map(lambda a, p: a.astype(p.dtype), (params, model_state), like)
         here = objective.with_state(model_state).with_frozen(frozen).evaluation()
-        outputs = here.predict(params, batch, jax.random.fold_in(fold(key, Purpose.EVALUATION), index))
+        own = jax.random.fold_in(fold(key, Purpose.EVALUATION), index)
+        outputs = sampling.predict(here, params, opt_state, curvature, batch, key, own)
         if rows is not None:
             cut = lambda a: a[:rows] if a.ndim and len(a) == len(real) else a
             outputs, batch, real = jax.tree.map(cut, (outputs, batch, real))
