@@ -88,7 +88,10 @@ CASES = {
         lambda: optim.kfac(0.1, 0.8, 0.3),
     ),
     "DiagonalFisher": Case(DiagonalFisher("empirical"), by_curvature),
-    "KroneckerDiagonal": Case(KroneckerDiagonal("sampled", **PLAIN), by_curvature),
+    "KroneckerDiagonal": Case(KroneckerDiagonal("sampled", **PLAIN), lambda: optim.adafisherw(0.01)),
+    "KroneckerDiagonal, faithful": Case(
+        KroneckerDiagonal(faithful=True, uncovered="one"), lambda: optim.adafisher(1e-4, faithful=True)
+    ),
     "UnitWise": Case(UnitWise("exact", **PLAIN), by_curvature),
     "FullBlock": Case(FullBlock("exact", **PLAIN), kfac),
     "FullBlock, hessian": Case(FullBlock("hessian", **PLAIN), lambda: by_curvature(5.0), dampings=(7.0, 20.0)),
@@ -121,6 +124,12 @@ OPTIMIZERS = {
     "kfac, fixed": (lambda: optim.kfac(0.1, 0.9, 0.1, norm_constraint=1e-3), DiagonalFisher()),
     "natural_gradient": (lambda: optim.natural_gradient(0.1, momentum=0.9, l2=1e-3, lars=True), UnitWise(**PLAIN)),
     "scale_by_curvature": (by_curvature, UnitWise(**PLAIN)),
+    "adafisher": (lambda: optim.adafisher(0.01, weight_decay=0.1), KroneckerDiagonal(**PLAIN)),
+    "adafisherw": (lambda: optim.adafisherw(0.01, exponent=0.5, trust_cap=1.0), KroneckerDiagonal(**PLAIN)),
+    "adafisher, faithful": (
+        lambda: optim.adafisher(faithful=True, weight_decay=0.1),
+        KroneckerDiagonal(faithful=True, uncovered="one"),
+    ),
     "soap": (lambda: optim.soap(0.01, nesterov=True), GradientKronecker()),
     "kl_shampoo": (lambda: optim.kl_shampoo(0.01), GradientKronecker("kl", decay=0.98)),
     "shampoo": (lambda: optim.shampoo(0.01, exponent=-0.25, graft="sgd"), GradientKronecker(eigenvalues="product")),

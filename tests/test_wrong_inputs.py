@@ -433,6 +433,48 @@ MISTAKES = [
         ValueError,
         "psgd(style) should be one of 'unit', 'adam', not 'adamw'. Did you mean 'adam'?",
     ),
+    (
+        lambda: optim.adafisher(faithful=1),
+        TypeError,
+        "adafisher(faithful) should be True or False, not 1.",
+    ),
+    (
+        lambda: optim.adafisherw(damping=0.0),
+        ValueError,
+        "adafisherw(damping) should be above 0.0, not 0.0.",
+    ),
+    (
+        lambda: optim.adafisher(trust_cap="automatic"),
+        ValueError,
+        "adafisher(trust_cap) should be one of 'auto', not 'automatic'. Did you mean 'auto'?",
+    ),
+    (
+        lambda: optim.adafisher(faithful=True, exponent=0.5),
+        ValueError,
+        "adafisher(exponent=0.5): the released code divides by F itself. Leave it out.",
+    ),
+    (
+        lambda: optim.scale_by_adafisher(faithful=True, trust_cap=1.0),
+        ValueError,
+        "scale_by_adafisher(trust_cap=1.0): the released code has no such limit. Leave it out.",
+    ),
+    (
+        lambda: curvature.KroneckerDiagonal("exact", faithful=True),
+        ValueError,
+        "KroneckerDiagonal(faithful=True) has the cotangents of the batch's own targets, fisher='empirical', not "
+        "'exact'. Leave one of the two out.",
+    ),
+    (
+        lambda: curvature.KroneckerDiagonal(faithful=True, uncovered="diagonal"),
+        ValueError,
+        "KroneckerDiagonal(uncovered) should be one of 'error', 'one', not 'diagonal'.",
+    ),
+    (
+        lambda: fit(optim.adafisher(0.1), curvature.KroneckerDiagonal(faithful=True)),
+        TypeError,
+        "optim.adafisher takes DiagonalFactors, those of curvature.KroneckerDiagonal(), and T(curvature) estimates "
+        "ReleasedFactors. See the README's table.",
+    ),
     (lambda: optim.fosi(optax.adam), TypeError, "fosi(base) should be an optax transformation, not function."),
     (
         lambda: optim.scale_by_curvature(-1.0),

@@ -26,6 +26,7 @@ from curvtrain.curvature.fisher import DiagonalFisher as DiagonalFisher
 from curvtrain.curvature.fisher import FullBlock as FullBlock
 from curvtrain.curvature.fisher import KroneckerDiagonal as KroneckerDiagonal
 from curvtrain.curvature.fisher import LayerEstimator as LayerEstimator
+from curvtrain.curvature.fisher import ReleasedFactors as ReleasedFactors
 from curvtrain.curvature.fisher import UnitWise as UnitWise
 from curvtrain.curvature.gradient_kronecker import GradientFactors as GradientFactors
 from curvtrain.curvature.gradient_kronecker import GradientKronecker as GradientKronecker

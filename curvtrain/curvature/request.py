@@ -48,6 +48,7 @@ class Request:
       paths: of the parameters that it was initialised with.
       damping_every: steps after which the damping may change; None if it is constant, or changes in every step.
       constant: whether the damping is a plain number of the program: a resumed run takes that of the new program.
+      update_every: steps between updates of the curvature, for a schedule that leaves it open; None for every step.
       wishes: (name, value) pairs of the estimator's options, for those that its user left open (None).
     """
 
@@ -57,6 +58,7 @@ class Request:
     paths: tuple[Path, ...] = dataclasses.field(metadata=dict(static=True))
     damping_every: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     constant: bool = dataclasses.field(default=False, metadata=dict(static=True))
+    update_every: int | None = dataclasses.field(default=None, metadata=dict(static=True))
     wishes: tuple[tuple[str, Any], ...] = dataclasses.field(default=(), metadata=dict(static=True))
 
     @classmethod
@@ -69,10 +71,11 @@ class Request:
         damping_every: int | None = None,
         constant: bool = False,
         wishes: Mapping[str, Any] | None = None,
+        update_every: int | None = None,
     ) -> "Request":
         """The request of an optimizer that is initialised with `params`, which may have holes (`optax.masked`)."""
         known = tuple((wishes or {}).items())
-        return cls(damping, optimizer, takes, _Paths(by_path(params)), damping_every, constant, known)
+        return cls(damping, optimizer, takes, _Paths(by_path(params)), damping_every, constant, update_every, known)
 
     def with_damping(self, damping: jax.Array) -> "Request":
         """The same wishes with another damping."""
@@ -155,6 +158,8 @@ def _described(kind: type[Estimate]) -> str:
         "Curvature": "a Curvature, such as that of curvature.KFAC()",
         "Eigenpairs": "Eigenpairs, those of curvature.Lanczos(k)",
         "GradientFactors": "GradientFactors, those of curvature.GradientKronecker()",
+        "DiagonalFactors": "DiagonalFactors, those of curvature.KroneckerDiagonal()",
+        "ReleasedFactors": "ReleasedFactors, those of curvature.KroneckerDiagonal(faithful=True)",
         "InverseFreeFactors": "InverseFreeFactors, those of curvature.InverseFree() or curvature.InverseFreeKFAC()",
         "FittedPreconditioner": "a FittedPreconditioner, such as that of curvature.PSGD()",
     }.get(kind.__name__, kind.__name__)

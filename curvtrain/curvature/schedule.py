@@ -21,8 +21,9 @@ class CurvatureSchedule:
     Attributes:
       update_every, refresh_every: periods in steps, an int or a function `step -> int` (an annealed frequency): after
         an update at step t, the next is at step t + period(t). The first update and refresh happen at step `start`,
-        before that step's parameters move. `refresh_every=None`: as often as the optimizer adapts its damping, so that
-        what is factorised fits it (`optim.kfac()`: every 5 steps); for others every 100 steps.
+        before that step's parameters move. `update_every=None`: as often as the optimizer asks, which is every step
+        for all but `optim.adafisher(faithful=True)`. `refresh_every=None`: as often as the optimizer adapts its
+        damping, so that what is factorised fits it (`optim.kfac()`: every 5 steps); for others every 100 steps.
       start: the first step (counted from 0) with curvature. Until then, optimizers see the initial, empty one.
       batch_size: number of examples that a refresh sees; None is the training batch itself. A larger number is drawn
         from a stream of its own, so the order of the training data does not depend on it, and is micro-batched.
@@ -31,15 +32,13 @@ class CurvatureSchedule:
         still at the parameters of before.
     """
 
-    update_every: Period = 1
+    update_every: Period | None = None
     refresh_every: Period | None = None
     start: int = 0
     batch_size: int | None = None
     update_first: bool = True
 
     def __post_init__(self):
-        if self.update_every is None:
-            raise TypeError("CurvatureSchedule(update_every) should be an integer or a function of the step, not None.")
         for name in ("update_every", "refresh_every"):
             period = getattr(self, name)
             if period is not None and not callable(period):
@@ -50,18 +49,21 @@ class CurvatureSchedule:
 
     def updates(self, step: int) -> bool:
         """Whether curvature absorbs the batch of this step."""
-        return self._due(step, self.update_every)
+        return self._due(step, 1 if self.update_every is None else self.update_every)
 
     def refreshes(self, step: int) -> bool:
         """Whether curvature is factorised at this step."""
         return self._due(step, REFRESH_EVERY if self.refresh_every is None else self.refresh_every)
 
     def settled(self, found: Sequence[Request]) -> "CurvatureSchedule":
-        """The same schedule with `refresh_every` fixed, for an optimizer with these requests."""
-        if self.refresh_every is not None:
-            return self
-        periods = [request.damping_every for request in found if request.damping_every is not None]
-        return dataclasses.replace(self, refresh_every=min(periods, default=REFRESH_EVERY))
+        """The same schedule with all periods fixed, for an optimizer with these requests."""
+        shortest = lambda periods, default: min((p for p in periods if p is not None), default=default)
+        update, refresh = self.update_every, self.refresh_every
+        if update is None:
+            update = shortest([request.update_every or 1 for request in found], 1)
+        if refresh is None:
+            refresh = shortest([request.damping_every for request in found], REFRESH_EVERY)
+        return dataclasses.replace(self, update_every=update, refresh_every=refresh)
 
     def _due(self, step: int, period: Period) -> bool:
         if step < self.start:

@@ -2,6 +2,10 @@
 
 from curvtrain.curvature.draws import at_draws as at_draws
 from curvtrain.curvature.posterior import sample_params as sample_params
+from curvtrain.optim.adafisher import adafisher as adafisher
+from curvtrain.optim.adafisher import adafisherw as adafisherw
+from curvtrain.optim.adafisher import scale_by_adafisher as scale_by_adafisher
+from curvtrain.optim.adafisher_telemetry import adafisher_telemetry as adafisher_telemetry
 from curvtrain.optim.adamqlr import adamqlr as adamqlr
 from curvtrain.optim.ema_nesterov import ema_nesterov as ema_nesterov
 from curvtrain.optim.ema_nesterov import ema_nesterov_params as ema_nesterov_params

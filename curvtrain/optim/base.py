@@ -56,8 +56,13 @@ def chained(
     learning_rate: optax.ScalarOrSchedule,
     weight_decay: float,
     mask: Any,
+    *,
+    coupled: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """The link of an optimizer with decoupled weight decay and a learning rate, whose options are checked."""
+    """The link of an optimizer with weight decay and a learning rate, whose options are checked.
+
+    The decay is decoupled, or, `coupled`, a part of the gradients that the link is given.
+    """
     if not callable(learning_rate):
         _checks.number_in(f"{optimizer}(learning_rate)", learning_rate, 0.0)
     _checks.number_in(f"{optimizer}(weight_decay)", weight_decay, 0.0)
@@ -67,7 +72,7 @@ def chained(
             f"{optimizer}(mask) says which parameters decay, and weight_decay=0 lets none. Leave one of them out."
         )
     if not _checks.is_off(weight_decay):
-        links.append(optax.add_decayed_weights(weight_decay, mask))
+        links.insert(0 if coupled else 1, optax.add_decayed_weights(weight_decay, mask))
     return optax.chain(*links, optax.scale_by_learning_rate(learning_rate))
 
 

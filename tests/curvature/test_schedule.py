@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from curvtrain import CurvatureSchedule
+from curvtrain.curvature import Curvature, Request
 
 
 def steps(due, until=12):
@@ -16,6 +17,16 @@ def test_periods_count_from_the_start():
     assert steps(schedule.refreshes) == [2, 7]
     assert steps(CurvatureSchedule().updates) == list(range(12))
     assert steps(CurvatureSchedule().refreshes, 201) == [0, 100, 200]
+
+
+def test_what_is_left_open_is_as_the_optimizers_ask():
+    asking = lambda **periods: Request.of("x", Curvature, {}, **periods)
+    settled = CurvatureSchedule().settled([asking(update_every=100), asking(update_every=7, damping_every=5)])
+    assert (settled.update_every, settled.refresh_every) == (7, 5)
+    settled = CurvatureSchedule().settled([asking(update_every=100), asking()])  # who asks for nothing wants every step
+    assert (settled.update_every, settled.refresh_every) == (1, 100)
+    settled = CurvatureSchedule(update_every=3, refresh_every=4).settled([asking(update_every=100)])
+    assert (settled.update_every, settled.refresh_every) == (3, 4)
 
 
 @pytest.mark.parametrize("integer", [int, np.int32])

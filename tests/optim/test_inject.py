@@ -10,7 +10,15 @@ import pytest
 from flax import nnx
 
 from curvtrain import Objective, losses, optim
-from curvtrain.curvature import PSGD, DiagonalFisher, GradientKronecker, InverseFree, InverseFreeKFAC, Lanczos
+from curvtrain.curvature import (
+    PSGD,
+    DiagonalFisher,
+    GradientKronecker,
+    InverseFree,
+    InverseFreeKFAC,
+    KroneckerDiagonal,
+    Lanczos,
+)
 from curvtrain.curvature.posterior import posteriors
 
 KEY = jax.random.key(0)
@@ -33,6 +41,17 @@ CASES = {
     ),
     "psgd": (optim.psgd, dict(learning_rate=1e-2), PSGD()),
     "psgd, all": (optim.psgd, dict(learning_rate=1e-2, b1=0.5, weight_decay=0.1, clip_global_norm=1.0), PSGD()),
+    "adafisher": (optim.adafisher, dict(learning_rate=1e-2), KroneckerDiagonal("empirical")),
+    "adafisherw, root": (
+        optim.adafisherw,
+        dict(learning_rate=1e-2, weight_decay=0.1, b1=0.5, damping=0.2, exponent=0.5, trust_cap=0.3),
+        KroneckerDiagonal("empirical"),
+    ),
+    "adafisher, faithful": (
+        optim.adafisher,
+        dict(learning_rate=1e-3, faithful=True, weight_decay=0.1, damping=2e-3),
+        KroneckerDiagonal(faithful=True),
+    ),
     "soap": (optim.soap, dict(learning_rate=1e-2), GradientKronecker()),
     "shampoo": (
         optim.shampoo,

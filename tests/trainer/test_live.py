@@ -110,7 +110,7 @@ def refreshes(**options):
 )
 def test_without_a_period_the_optimizer_says_how_often_its_curvature_is_refreshed(options, steps, line):
     assert refreshes(**options) == steps
-    assert trainer(**options)._plan.refresh_note == (line or "")
+    assert trainer(**options)._plan.schedule_note == (line or "")
 
 
 def test_the_period_is_printed(capsys):

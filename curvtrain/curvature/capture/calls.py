@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,12 +27,14 @@ class Calls:
       repeated: of those that are called several times for one example: by the model, in a loop, or mapped over
         positions.
       outputs: shapes of the model's outputs for the batch.
+      inputs: of layers that are called on the batch, the shape of the first call's input, by name.
     """
 
     layers: tuple[str, ...]
     mapped: frozenset[str]
     repeated: frozenset[str]
     outputs: PyTree
+    inputs: Mapping[str, tuple[int, ...]]
 
     def examples(self, n: int) -> dict[str, int]:
         """For a piece of n examples, how many each layer sees at once, by its name."""
@@ -75,7 +77,9 @@ def calls_of(
         if uses > math.prod(layer.scan_axes) * (n if kinds == {"mapped"} else 1):
             repeated.add(layer.name)
     names = tuple(layer.name for layer in coverage.known)
-    return Calls(names, frozenset(mapped), frozenset(repeated), shapes)
+    first = {layer.name: once.calls[layer.path][0].shape for layer in coverage.known if once.calls.get(layer.path)}
+    inputs = {name: shape for name, shape in first.items() if name not in mapped}
+    return Calls(names, frozenset(mapped), frozenset(repeated), shapes, inputs)
 
 
 def _repeated(batch: Any, times: int) -> Any:

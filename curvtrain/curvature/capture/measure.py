@@ -22,7 +22,7 @@ from curvtrain.curvature.capture.calls import Calls, calls_of
 from curvtrain.curvature.capture.coverage import Coverage
 from curvtrain.curvature.capture.layers import Layer
 from curvtrain.curvature.capture.penalty import penalty_diagonal, with_penalty
-from curvtrain.curvature.capture.seeds import reach_of, seeds_of
+from curvtrain.curvature.capture.seeds import AS_GIVEN, reach_of, seeds_of
 from curvtrain.curvature.capture.singly import sums_of_examples
 from curvtrain.curvature.capture.statistics import Statistic
 from curvtrain.curvature.capture.taps import Arrays, Tap, attach
@@ -45,7 +45,7 @@ class LayerMeasure:
       objective, params: of the step.
       coverage: of the objective's model.
       statistic: what to measure.
-      fisher: one of `FISHERS`.
+      fisher: one of `FISHERS`, or `AS_GIVEN`.
       given: for each layer's name, the arrays that `statistic.given` names, scan axes first.
       who: named in errors.
       calls: how the model calls its layers.
@@ -110,7 +110,8 @@ class LayerMeasure:
         taps: dict[Any, tuple[Tap, ...]] = {}
         reaching = self._reaching(piece)
         for layer in self._tapped:
-            shapes = self.statistic.shapes(layer)
+            inputs = self.calls.inputs.get(layer.name)
+            shapes = self.statistic.shapes(layer) if inputs is None else self.statistic.sized(layer, inputs)
             make = lambda shape, layer=layer: jnp.zeros((*layer.scan_axes, *shape), self.coverage.dtype)
             zeros[layer.name] = {name: make(shape) for name, shape in shapes.items()}
             wide = {name: jnp.broadcast_to(w, (*layer.scan_axes, *w.shape)) for name, w in extra.items()}
@@ -181,6 +182,8 @@ class LayerMeasure:
         return not halves and self._may_ride(piece)
 
     def _may_ride(self, piece: Any) -> bool:
+        if self.fisher == AS_GIVEN:
+            return True
         if self.fisher != "empirical":
             return False
         loss = self.objective.loss_of_outputs
@@ -197,7 +200,7 @@ class LayerMeasure:
             return {}
         dtype = self.coverage.dtype
         arrays = {"weights": known.product.astype(dtype)}
-        if known.scale is not None and self._may_ride(piece):
+        if known.scale is not None and self.fisher == "empirical" and self._may_ride(piece):
             w = known.scale.astype(dtype)
             arrays["correction"] = jnp.where(w > 0, jax.lax.rsqrt(jnp.where(w > 0, w, 1.0)), 0.0)
         return arrays

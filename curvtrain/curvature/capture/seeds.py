@@ -7,6 +7,7 @@ Symbols as in `layers` and `statistics.py`; z are the outputs' floating-point le
 | exact, ggn | the columns of a factor of the loss's output Hessian | number of outputs, times positions of a sequence |
 | sampled | d / dz sum_n sqrt(w_n) l_n with targets drawn from the model | 1 |
 | empirical | the same with the batch's targets: not the Fisher | 1, or that of the loss |
+| as given | d / dz sum_n w_n l_n, the loss itself: of no Fisher, see `AS_GIVEN` | that of the loss |
 
 In "sampled" and "empirical", the example of D_n is what the batch's leading axis counts: the positions of a sequence
 add up before anything is squared. For "sampled" their cross terms vanish in expectation.
@@ -28,6 +29,7 @@ PyTree = Any
 Cotangents = list[jax.Array]
 
 FISHERS = ("exact", "ggn", "sampled", "empirical")
+AS_GIVEN = "as given"  # for statistics of the loss's own cotangents, which no estimator offers as a Fisher
 _PASSES = 1024  # the most backward passes that an exact Fisher takes before it is refused
 AT_ONCE = 16  # of them, mapped over at a time
 
@@ -97,7 +99,7 @@ def seeds_of(loss: Loss, outputs: PyTree, piece: Any, key: jax.Array | None, fis
 
         def total(z):  # where, not a product, and twice: targets of masked examples may be anything, 0 * nan is nan
             values = loss.values(unmasked(with_floats(clean, z), w), piece)
-            return jnp.sum(jnp.where(w != 0, jnp.sqrt(w) * values, 0.0))
+            return jnp.sum(jnp.where(w != 0, (w if fisher == AS_GIVEN else jnp.sqrt(w)) * values, 0.0))
 
         seeds = Seeds([r[None] for r in jax.grad(total)(floats(clean))])
     columns = [c.astype(dtype) for c, dtype in zip(seeds.columns, dtypes, strict=True)]

@@ -11,7 +11,8 @@ examples, see `singly.py`. Kronecker factors are sums over rows, so every call c
 
 import abc
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 
@@ -36,6 +37,17 @@ class Statistic(abc.ABC):
     @abc.abstractmethod
     def shapes(self, layer: Layer) -> Shapes:
         """The statistics of one call of a layer, by name: (g, ...), sums over examples."""
+
+    def sized(self, layer: Layer, inputs: tuple[int, ...]) -> Shapes:
+        """`shapes`, where they depend on the shape of the layer's inputs, too: (N, ...), examples first."""
+        return self.shapes(layer)
+
+    def saved(self, layer: Layer, module: Any, x: Any, options: Mapping[str, Any]) -> Any:
+        """What of a call with input x, and other arguments by name, is kept for the statistics: `Backward.saved`.
+
+        The default is what the layer says, of a norm layer the normalised input.
+        """
+        return layer.saved(module, x, options)
 
     def given(self, layer: Layer) -> tuple[str, ...]:
         """Names of the arrays that the measurement needs."""

@@ -76,7 +76,7 @@ _observe.defvjp(_observe_fwd, _observe_bwd)
 
 def _apply(module, use: str, y, x, options):
     for i, tap in enumerate(module.curvature_taps):
-        saved = jax.lax.stop_gradient(tap.layer.saved(module, x, options) if use == "call" else x)
+        saved = jax.lax.stop_gradient(tap.statistic.saved(tap.layer, module, x, options) if use == "call" else x)
         read = lambda name, i=i: getattr(module, f"slot_{i}_{name}").get_value()
         given = {name: read(name) for name in tap.given}
         slots = {name: read(name) for name in tap.names}

@@ -67,7 +67,7 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
     def __post_init__(self):
         _checks.one_of(f"{self.name}(fisher)", self.fisher, self.fishers)
         _checks.number_in(f"{self.name}(ema)", self.ema, 0.0, 1.0)
-        _checks.one_of(f"{self.name}(uncovered)", self.uncovered, UNCOVERED)
+        _checks.one_of(f"{self.name}(uncovered)", self.uncovered, self._uncovered_options)
         layers = dict(self.layers)
         merged(layers, f"{self.name}(layers)")
         object.__setattr__(self, "layers", tuple(layers.items()))  # hashable
@@ -75,6 +75,16 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
 
     def _check_options(self) -> None:
         """Checks the options of a subclass."""
+
+    @property
+    def _uncovered_options(self) -> tuple[str, ...]:
+        """What `uncovered` may be; whatever is not "error" lets any parameter be a plain one."""
+        return UNCOVERED
+
+    @property
+    def _refuses_uncovered(self) -> bool:
+        """Whether a parameter of no known layer is an error."""
+        return self.uncovered == "error"
 
     @property
     def name(self) -> str:
@@ -87,9 +97,8 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
         if objective is None:
             raise TypeError(f"{self.name} finds the layers of a model, so init() needs the objective.")
         objective.require_outputs(self.name, "Lanczos(product='hessian')")
-        coverage = cover(
-            objective, params, self.name, uncovered=self.uncovered, plain=self.plain, layers=dict(self.layers)
-        )
+        uncovered = "error" if self._refuses_uncovered else "diagonal"
+        coverage = cover(objective, params, self.name, uncovered=uncovered, plain=self.plain, layers=dict(self.layers))
         statistic = self._statistic()
         if statistic is not None:
             for layer in coverage.layers:

@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from curvtrain.curvature import trees
 from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.capture import Coverage, Layer
 from curvtrain.curvature.capture.layers.blocks import means_of
 from curvtrain.curvature.capture.statistics import KroneckerStatistic
+from curvtrain.curvature.fisher import released
 from curvtrain.curvature.fisher.base import LayerEstimator, spread_specs
 from curvtrain.curvature.fisher.diagonal import Diagonal
+from curvtrain.curvature.fisher.released_statistic import ReleasedStatistic
 from curvtrain.objective import by_path
 
 PyTree = Any
@@ -69,28 +73,91 @@ class DiagonalFactors(Curvature):
     def as_matrix(self) -> jax.Array:
         return Diagonal(self.diagonal()).as_matrix()
 
+    def map(self, vector: PyTree, function: Callable[[jax.Array, jax.Array], jax.Array]) -> PyTree:
+        """Applies function(F, M) to each layer's matrix M (K, d_i, d_o) and to F, its diagonal in that shape.
+
+        What uses F elementwise, or its sum, is computed from the factors: F is not written out.
+        """
+        matrices = self.coverage.matrices(trees.wide(vector))
+        F = {layer.name: layer.block().diagonal_of(self.factors[layer.name]) for layer in self.coverage.layers}
+        return self.coverage.vector({name: function(F[name], matrices[name]) for name in F})
+
     def telemetry(self) -> dict[str, jax.Array]:
         """Largest and mean entry of the diagonal, and skipped updates."""
         return Diagonal(self.diagonal(), self.weight, self.skipped).telemetry()
 
 
 @dataclasses.dataclass(frozen=True)
-class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
+class KroneckerDiagonal(LayerEstimator[Any]):
     """The diagonals of K-FAC's factors: AdaFisher's curvature (Gomes et al. 2024, arXiv 2405.16397, section 3).
 
-    Options as for `LayerEstimator`. Norm layers and plain parameters have their exact diagonal.
+    Options as for `LayerEstimator`, two of which have other defaults. Norm layers and plain parameters have their exact
+    diagonal.
+
+    Attributes:
+      fisher: None is "sampled"; with `faithful` it is "empirical", and nothing else.
+      ema: decay of the averages; None is 0.95, and 0.8 with `faithful`, where it is the gamma of the released code.
+      faithful: keep the factors that AdaFisher's released code keeps, for `optim.adafisher(faithful=True)`; see
+        `curvature/fisher/released.py` for what they are, and why they precondition nothing. The curvature is then
+        `ReleasedFactors`. The code's TCov is the schedule's `update_every`.
+      uncovered: with `faithful`, "error" refuses layers that the released code has no factors for, and "one" leaves
+        their momentum as it is, as that code does.
     """
 
-    def init(self, objective, params) -> DiagonalFactors:
+    fisher: Any = None
+    ema: Any = dataclasses.field(default=None, kw_only=True)
+    faithful: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self):
+        fisher, ema = ("empirical", 0.8) if self.faithful else ("sampled", 0.95)
+        object.__setattr__(self, "fisher", fisher if self.fisher is None else self.fisher)
+        object.__setattr__(self, "ema", ema if self.ema is None else self.ema)
+        super().__post_init__()
+
+    def _check_options(self):
+        if self.faithful and self.fisher != "empirical":
+            raise ValueError(
+                f"KroneckerDiagonal(faithful=True) has the cotangents of the batch's own targets, fisher='empirical', "
+                f"not {self.fisher!r}. Leave one of the two out."
+            )
+
+    @property
+    def _uncovered_options(self):
+        return released.UNCOVERED if self.faithful else super()._uncovered_options
+
+    @property
+    def _refuses_uncovered(self):
+        return not self.faithful and super()._refuses_uncovered  # else `check_covered` says what is missing
+
+    def coverage(self, objective, params) -> Coverage:
+        """Which layer every parameter belongs to. Raises as `init` does."""
+        coverage = super().coverage(objective, params)
+        if self.faithful:
+            released.check_covered(coverage, self.uncovered, self.plain, self.name)
+        return coverage
+
+    def init(self, objective, params) -> DiagonalFactors | released.ReleasedFactors:
         coverage = self.coverage(objective, params)
+        if self.faithful:
+            return released.ReleasedFactors.empty(coverage)
         zeros = lambda layer: {name: jnp.zeros(shape, coverage.dtype) for name, shape in self._shapes(layer).items()}
         factors = {layer.name: zeros(layer) for layer in coverage.layers}
         return DiagonalFactors(factors, jnp.zeros((), coverage.dtype), jnp.int32(0), coverage)
 
-    def refresh(self, curvature: DiagonalFactors, objective, params, batch, key, damping=None) -> DiagonalFactors:
+    def measure(self, curvature, objective, params, batch, key):
+        """The sums of the statistics over a batch, taken in the passes of the training step."""
+        if self.faithful:
+            return released.measure(curvature.coverage, objective, params, batch, key, self.name)
+        return super().measure(curvature, objective, params, batch, key)
+
+    def absorb(self, curvature, measured, key):
+        """The curvature with one more batch."""
+        return curvature.absorb(*measured, self.ema) if self.faithful else super().absorb(curvature, measured, key)
+
+    def refresh(self, curvature, objective, params, batch, key, damping=None):
         return curvature
 
-    def partition_specs(self, curvature: DiagonalFactors, param_specs, mesh):
+    def partition_specs(self, curvature, param_specs, mesh):
         return spread_specs(curvature, mesh)
 
     def means(self, curvature: DiagonalFactors, sums, W):
@@ -98,11 +165,14 @@ class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
         return {"factors": {layer.name: means_of(layer, sums[layer.name], W) for layer in layers}}
 
     def _statistic(self):
-        return KroneckerStatistic(diagonal=True)
+        return ReleasedStatistic() if self.faithful else KroneckerStatistic(diagonal=True)
 
     def _described(self, layer):
-        shapes = self._shapes(layer)
-        return "diagonal" if "D2" in shapes else "diagonal x diagonal", sum(map(math.prod, shapes.values()))
+        shapes = released.shapes(layer) if self.faithful else self._shapes(layer)
+        kind = "diagonal" if "D2" in shapes else "diagonal x diagonal"
+        if self.faithful:
+            kind = "diagonal x diagonal, as released" if shapes else "none: divided by 1, as released"
+        return kind, sum(map(math.prod, shapes.values()))
 
     def _shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """Of the layer's means."""
@@ -113,4 +183,4 @@ class KroneckerDiagonal(LayerEstimator[DiagonalFactors]):
         return {name: mean.shape for name, mean in means.items()}
 
     def _sums(self, layer: Layer):
-        return self._statistic().shapes(layer).items()
+        return KroneckerStatistic(diagonal=True).shapes(layer).items()

@@ -20,7 +20,7 @@ def announce(plan: Plan, say: Callable[[str], None]) -> None:
     if estimator is not None and (table := estimator.overview(*plan.layout.measured)):
         say(table)
     say(f"\n{plan.state_report()}\n")
-    if plan.refresh_note:
-        say(plan.refresh_note)
+    if plan.schedule_note:
+        say(plan.schedule_note)
     devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(plan.mesh.shape)}"
     say(f"{devices}; {plan.config.steps} steps of {plan.config.batch_size} examples")

@@ -41,7 +41,7 @@ class Plan:
       programs: the compiled programs, made when they are used.
       eval_params: the Trainer's argument of that name, or None.
       sampling: how parameters are drawn.
-      refresh_note: how the period of refreshes was chosen, for the console; empty if the schedule says it.
+      schedule_note: how periods that the schedule leaves open were chosen, for the console; empty if it says them.
       outputs: the model's outputs for a training batch, as shapes.
       metrics_count_rows: whether some metrics of an evaluation would count rows that pad its last batch.
     """
@@ -83,7 +83,8 @@ class Plan:
         self.programs = Programs(
             config, self.layout, self.tx, settled, task.metrics, batch, wide_batch, eval_params, self.sampling
         )
-        self.refresh_note = self._refresh_note(schedule, settled)
+        notes = self._update_note(schedule, settled), self._refresh_note(schedule, settled)
+        self.schedule_note = "; ".join(filter(None, notes))
         self.outputs = self._abstract_outputs()
         self.coupling = self._checked_coupling(schedule)
         self.metrics_count_rows = True  # until an evaluation is checked
@@ -201,6 +202,13 @@ class Plan:
         state, objective = self.layout.state, self.layout.objective.with_microbatch(None)
         predict = lambda state, batch: state.at(objective).predict(state.params, batch)
         return jax.eval_shape(predict, state, self.programs.batch)
+
+    def _update_note(self, schedule: CurvatureSchedule, settled: CurvatureSchedule) -> str:
+        """Says how often the curvature absorbs a batch, where an optimizer chose it."""
+        asking = [r.optimizer for r in self.layout.requests if r.update_every == settled.update_every]
+        if self.layout.estimator is None or schedule.update_every is not None or not asking:
+            return ""
+        return f"update every {settled.update_every} steps, as optim.{asking[0]} asks"
 
     def _refresh_note(self, schedule: CurvatureSchedule, settled: CurvatureSchedule) -> str:
         """Says how often the curvature is refreshed, where neither the user nor the estimator does."""

@@ -21,7 +21,7 @@ class Backward:
     Attributes:
       use: the name of the method that was called: "call", or "attend" of an embedding.
       examples: N, or 1 where the model maps over its examples one by one.
-      saved: what `Layer.saved` kept of the call.
+      saved: what `Statistic.saved` kept of the call.
       s: the cotangent of the layer's output, in its shape.
       reach: whether s is zero just where no unmasked output depends on a row.
       given: arrays by name: "weights" (N, ...) of the examples, if there are any; "correction" (N,), if the cotangents

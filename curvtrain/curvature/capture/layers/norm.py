@@ -48,12 +48,16 @@ class NormLayer(Layer):
         return self.channels
 
     def saved(self, module, x, options):
+        self.refuse_mask(options)
+        return _normalised(module, x, options) if "scale" in dict(self.shapes) else x
+
+    def refuse_mask(self, options: Mapping[str, Any]) -> None:
+        """Raises ValueError for a call with `mask=`."""
         if options.get("mask") is not None:
             raise ValueError(
                 f"The statistics of {self.name} ({self.kind}) under mask= are not known: call it without, or treat its "
                 f"parameters as plain ones (plain={self.name!r})."
             )
-        return _normalised(module, x, options) if "scale" in dict(self.shapes) else x
 
     def matrix(self, parameters):
         return jnp.stack([parameters[name].reshape(self.copies, self.channels) for name, _ in self.shapes], axis=1)
