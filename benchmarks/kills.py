@@ -1,6 +1,6 @@
 """Runs that are killed again and again, at random moments, end bit-identical to runs that are left alone.
 
-    python benchmarks/kills.py --kills 100 --output benchmarks/results/kills.json
+    python benchmarks/kills.py --kills 100 --runs kfac --output benchmarks/results/kills_kfac.json
 
 FOSI, K-FAC and PSGD, each with dropout, BatchNorm, an average of the weights and a grain pipeline: the run of
 `tests/trainer/run_small.py`, in processes of its own. A third of the kills (SIGKILL) fall into a start, a third into a

@@ -26,7 +26,8 @@ RATES = {"adam": 1e-2, "adamw": 1e-2, "momentum": 0.1, "nesterov": 0.1, "sgd": 0
 RATES |= {f"fosi_{name}": rate for name, rate in RATES.items() if name != "adamw"}
 RATES |= {"soap": 1e-2, "shampoo": 1e-2, "kl_shampoo": 1e-2, "psgd": 1e-2, "muon": 1e-2, "fadam": 1e-2}
 RATES |= {"rf_rmsprop": 0.1, "rf_adamw": 0.3, "natural_gradient": 3e-3}
-RATES |= {"sirfshampoo": 3e-2, "if_shampoo": 1e-2, "singd": 1e-2, "ivon": 0.1, "vogn": 1e-2}
+RATES |= {"sirfshampoo": 3e-2, "if_shampoo": 1e-2, "singd": 1e-2, "ivon": 1.0, "vogn": 1e-2}
+RATES |= {"adafisher": 0.02, "adafisherw": 0.02}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import typing
 from pathlib import Path
 
 import numpy as np
-from common.optimizers import OptimizerName  # recipes/ is on the path by the import before
 
 from benchmarks import optimizers
+from recipes.common.optimizers import OptimizerName
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 

@@ -24,6 +24,8 @@ OptimizerName = Literal[
     "sirfshampoo",
     "if_shampoo",
     "singd",
+    "adafisher",
+    "adafisherw",
     "ivon",
     "vogn",
     "fadam",
@@ -205,6 +207,19 @@ def _singd(options: OptimizerOptions, rate: Any) -> Chosen:
     return _inverse_free(options, optim.singd(rate), estimator, 10)
 
 
+def _diagonals(make: Callable[[Any], optax.GradientTransformation]) -> Callable[..., Chosen]:
+    """AdaFisher's factors."""
+
+    def function(options: OptimizerOptions, rate: Any) -> Chosen:
+        return dict(
+            optimizer=make(rate),
+            curvature=curvature.KroneckerDiagonal(options.fisher, uncovered="diagonal"),
+            schedule=curvtrain.CurvatureSchedule(update_every=options.update_every or 1),
+        )
+
+    return function
+
+
 def _ivon(options: OptimizerOptions, rate: Any) -> Chosen:
     return dict(optimizer=optim.ivon(rate, hess_init=0.1), **_draws(options))
 
@@ -243,6 +258,8 @@ WITH_CURVATURE: dict[str, Callable[[OptimizerOptions, Any], Chosen]] = {
     "kfac": _kfac,
     "natural_gradient": _natural_gradient,
     "psgd": _psgd,
+    "adafisher": _diagonals(optim.adafisher),
+    "adafisherw": _diagonals(optim.adafisherw),
     "ivon": _ivon,
     "vogn": _vogn,
     "sirfshampoo": _sirfshampoo,
