@@ -5,7 +5,7 @@
 
 The model is recipes/classification.py's perceptron 64-256-256-10 with batches of 256. State is what the optimizer and
 the curvature keep, in bytes for each parameter; work is XLA's count of the FLOPs of the compiled steps, divided by that
-of Adam's step: of a step that neither updates nor refreshes the curvature, and on average over the first 1,000 steps
+of Adam's step: of the cheapest kind of step, and on average over the first 1,000 steps
 with the recipe's schedule. XLA counts the body of a loop once and a library's factorisation as nothing, so inverses,
 eigenbases and Lanczos iterations are not in it: their sizes are said in words.
 """
@@ -51,7 +51,7 @@ USES = {
         "vectors, embeddings: AdamW's",
     ),
     "soap": ("`GradientKronecker`: QR of sides", "most per step for the least tuning", "sides of thousands"),
-    "shampoo": ("`GradientKronecker`: roots of sides", "SOAP's place, with less state", "without grafting, its scale"),
+    "shampoo": ("`GradientKronecker`: roots of sides", "SOAP's place, grafted on Adam", "without grafting, its scale"),
     "kl_shampoo": ("`GradientKronecker(fit='kl')`: QR of sides", "SOAP without second moments", "small b2"),
     "sirfshampoo": ("`InverseFree`: products alone", "bfloat16 factors; no factorisation", "slow from P = I"),
     "if_shampoo": ("`InverseFree`, at growing intervals", "the same at a smaller price", "the same"),
@@ -62,7 +62,7 @@ USES = {
     "natural_gradient": ("any; here `KFAC`", "known rates and dampings", "dampings that are too small"),
     "psgd": ("`PSGD(Kron())`: a fit", "any loss, any shape; transformers", "the rate has to fall"),
     "fosi_adam": ("`Lanczos`: 2 (k + 1) Hessian products", "few stiff directions", "noisy Hessians"),
-    "ivon": ("its own diagonal Hessian", "calibrated predictions at AdamW's price", "tuning: rate, `hess_init`"),
+    "ivon": ("its own diagonal Hessian", "a posterior at AdamW's price", "tuning: rate, `hess_init`"),
     "vogn": ("`DiagonalFisher`", "posteriors; uncertainty", "a pass per draw"),
 }
 
