@@ -55,8 +55,8 @@ def main() -> None:
 
 def trained(name: str, data: images.ImageData, rate: float, seed: int, args: argparse.Namespace) -> dict[str, float]:
     """The last metrics of a run; infinite ones if it diverged."""
-    options: Any = dataclasses.replace(classification.Options(), optimizer=name, decay="cosine")
-    options = dataclasses.replace(options, predictive_samples=args.draws, steps=args.steps)
+    given: dict[str, Any] = dict(optimizer=name, decay="cosine", predictive_samples=args.draws, steps=args.steps)
+    options = dataclasses.replace(classification.Options(), **given)
     trainer = classification.ClassifierTrainer(
         curvtrain.TrainerConfig(steps=args.steps, batch_size=128, seed=seed, log_every=20, progress=False),
         data=data,

@@ -5,9 +5,9 @@
 
 The model is recipes/classification.py's perceptron 64-256-256-10 with batches of 256. State is what the optimizer and
 the curvature keep, in bytes for each parameter; work is XLA's count of the FLOPs of the compiled steps, divided by that
-of Adam's step: of the cheapest kind of step, and on average over the first 1,000 steps
-with the recipe's schedule. XLA counts the body of a loop once and a library's factorisation as nothing, so inverses,
-eigenbases and Lanczos iterations are not in it: their sizes are said in words.
+of Adam's step: of the cheapest kind of step, and on average over the first 1,000 steps with the recipe's schedule. XLA
+counts the body of a loop once and a library's factorisation as nothing, so inverses, eigenbases and Lanczos iterations
+are not in it: their sizes are said in words.
 """
 
 import argparse
