@@ -13,7 +13,9 @@ does hits both:
 4. *K-FAC*: steps with statistics in every one and inverses in every fifth, against Adam's, on the same MLP, for the
    sampled and for the empirical Fisher, at given learning rate, momentum and damping.
 5. *PSGD*: steps with Kronecker-factored whitening, fitted in every step and in every 33rd, against Adam's.
-6. *Compilation*: of the PSGD step of a transformer of 24 scanned blocks against one of 6.
+6. *Matrix methods*: SOAP and KL-Shampoo with new bases in every tenth step, and Muon, against Adam, on the transformer
+   of recipes/char_lm.py.
+7. *Compilation*: of the PSGD step of a transformer of 24 scanned blocks against one of 6.
 """
 
 import argparse
@@ -144,7 +146,7 @@ def trainer_against_loop(sizes: list[int], batch_size: int, every: int, chunks: 
     return {"trainer_ms": 1e3 * trainer, "hand_written_ms": 1e3 * hand, "ratio": trainer / hand}
 
 
-def plan_of(sizes: list[int], batch_size: int, optimizer: Any, estimator: Any = None) -> Plan:
+def plan_of_mlp(sizes: list[int], batch_size: int, optimizer: Any, estimator: Any = None) -> Plan:
     """The compiled programs of a run, without its loop."""
     task = Task(
         "MLP",
@@ -155,6 +157,21 @@ def plan_of(sizes: list[int], batch_size: int, optimizer: Any, estimator: Any = 
     )
     config = curvtrain.TrainerConfig(steps=1, batch_size=batch_size)
     train = data(8 * batch_size, sizes[0])
+    return Plan(config, task, train, optimizer, estimator, curvtrain.CurvatureSchedule())
+
+
+def plan_of_transformer(optimizer: Any, estimator: Any = None) -> Plan:
+    """Of the transformer of recipes/char_lm.py, with the recipe's sizes and as many characters as its text has."""
+    task = Task(
+        "transformer",
+        lambda rngs: Transformer(128, 64, layers=2, width=64, heads=4, rngs=rngs),
+        lambda model, batch: model(batch["tokens"]),
+        losses.SoftmaxCrossEntropy(),
+        losses.SoftmaxCrossEntropy().metrics,
+    )
+    tokens = np.random.default_rng(0).integers(0, 128, (64, 64), np.int32)
+    config = curvtrain.TrainerConfig(steps=1, batch_size=32)
+    train = {"tokens": tokens, "label": tokens}
     return Plan(config, task, train, optimizer, estimator, curvtrain.CurvatureSchedule())
 
 
@@ -175,11 +192,10 @@ class Stepper:
 
 
 def against_adam(
-    sizes: list[int], batch_size: int, rounds: int, optimizer: Any, estimator: Any, plain: Kind, dear: Kind, period: int
+    plan_of: Callable[..., Plan], rounds: int, optimizer: Any, estimator: Any, plain: Kind, dear: Kind, period: int
 ) -> dict[str, float]:
     """Medians in ms of an optimizer's step, one of `period` of the dear kind; of this one alone; and of Adam's."""
-    adam = Stepper(plan_of(sizes, batch_size, optax.adam(1e-3)))
-    other = Stepper(plan_of(sizes, batch_size, optimizer, estimator))
+    adam, other = Stepper(plan_of(optax.adam(1e-3))), Stepper(plan_of(optimizer, estimator))
     adam(Kind(), 20), other(dear, 2), other(plain, 20)  # compile; a first refresh of eigenpairs costs more than others
     cycles = max(1, 50 // period)
     times: dict[str, list[float]] = {"other": [], "adam": [], "dear": []}
@@ -213,6 +229,11 @@ def psgd(period: int) -> tuple[Any, ...]:
     return optim.psgd(1e-3), curvature.PSGD(curvature.Kron()), Kind(), Kind(update=True), period
 
 
+def whitening(optimizer: Any, estimator: Any, period: int) -> tuple[Any, ...]:
+    """The covariance moves in every step, its bases in one of `period`."""
+    return optimizer, estimator, Kind(update=True), Kind(update=True, refresh=True), period
+
+
 def compile_times(layers: tuple[int, int], rounds: int) -> dict[str, float]:
     """Medians in s of compiling a step with a fit of a transformer with scanned blocks, for two numbers of blocks."""
     tokens = np.zeros((8, 16), np.int32)
@@ -239,7 +260,7 @@ def compile_times(layers: tuple[int, int], rounds: int) -> dict[str, float]:
 
 def refresh_against_hvps(sizes: list[int], batch_size: int, rounds: int) -> dict[str, float]:
     """Medians in ms of a warm refresh, and of as many Hessian-vector products in a loop."""
-    plan = plan_of(sizes, batch_size, optax.adam(1e-3))
+    plan = plan_of_mlp(sizes, batch_size, optax.adam(1e-3))
     objective, params = plan.layout.objective, plan.layout.initial_state().params
     batch = plan.batches.put(plan.data.first())
     estimator, key = curvature.Lanczos(k=10), jax.random.key(0)
@@ -281,7 +302,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name contains this; nothing is written then")
     args = parser.parse_args()
     mlp = [64, 256, 256, 10]
-    versus_adam = functools.partial(against_adam, mlp, 256, args.rounds)
+    versus_adam = functools.partial(against_adam, functools.partial(plan_of_mlp, mlp, 256), args.rounds)
+    in_transformer = functools.partial(against_adam, plan_of_transformer, args.rounds)
+    covariance = curvature.GradientKronecker
     cases: dict[str, Callable[[], dict[str, float]]] = {
         "Trainer / hand-written loop, ~10 ms steps": lambda: trainer_against_loop(
             [256, 1024, 1024, 10], 384, 50, args.rounds
@@ -294,6 +317,13 @@ def main() -> None:
         "K-FAC (empirical) / Adam, inverses every 5": lambda: versus_adam(*kfac("empirical", 5)),
         "PSGD / Adam, a fit in every step": lambda: versus_adam(*psgd(1)),
         "PSGD / Adam, a fit every 33": lambda: versus_adam(*psgd(33)),
+        "SOAP / Adam, transformer, bases every 10": lambda: in_transformer(
+            *whitening(optim.soap(1e-3), covariance(), 10)
+        ),
+        "KL-Shampoo / Adam, transformer, bases every 10": lambda: in_transformer(
+            *whitening(optim.kl_shampoo(1e-3), covariance("kl", decay=0.98), 10)
+        ),
+        "Muon / Adam, transformer": lambda: in_transformer(optim.muon(1e-3), None, Kind(), Kind(), 1),
         "PSGD: compiling 24 scanned blocks / 6": lambda: compile_times((6, 24), 3),
     }
     if args.only:

@@ -405,6 +405,21 @@ MISTAKES = [
         "curvature.InverseFree(rate=0.02), or the optimizer beta2=0.01.",
     ),
     (
+        lambda: curvature.GradientKronecker(block_size=0),
+        ValueError,
+        "GradientKronecker(block_size) should be at least 1, not 0.",
+    ),
+    (
+        lambda: optim.scale_by_width(64, "adam"),
+        ValueError,
+        "scale_by_width(rule) should be one of 'entries', 'spectral', 'rms', 'gradient', 'natural', not 'adam'.",
+    ),
+    (
+        lambda: optim.scale_by_width("narrow"),
+        TypeError,
+        "scale_by_width(base) should be a width or the narrow model's parameters, not 'narrow'.",
+    ),
+    (
         lambda: curvature.PSGD("kron"),
         TypeError,
         "PSGD(preconditioner) should be Kron(), LowRank(), XMat(), Affine(), Dense() or Diagonal(), not 'kron'.",
