@@ -22,6 +22,7 @@ from curvtrain.objective import Objective
 from curvtrain.trainer import Mismatch
 from curvtrain.trainer.mesh import sharding
 from curvtrain.trainer.watch.report import collectives
+from tests.meshes import on
 from tests.trainer import tiny
 
 N, D, LAYERS = 16, 6, 16
@@ -439,7 +440,7 @@ def test_slots_are_chosen_when_a_run_begins(tmp_path, monkeypatch):
     """For its mesh; a checkpoint keeps the choice, which would be another one on one device."""
     run, _ = train(2, KFAC("empirical"), workdir=tmp_path, mesh=WIDE)
     assert run.state.curvature.slots == 8
-    tiny.on(1, monkeypatch)
+    on(1, monkeypatch)
     opened, _ = train(3, KFAC("empirical"), workdir=tmp_path, mesh={"data": -1})
     assert opened.state.curvature.slots == 8 and int(opened.state.curvature.updates) == 3
     with pytest.raises(Mismatch, match=r"curvature/factors"):

@@ -19,7 +19,7 @@ from flax import nnx
 
 from curvtrain import Trainer, TrainerConfig, losses
 from curvtrain.curvature import KFAC, DiagonalFisher, KroneckerDiagonal
-from tests.trainer import tiny
+from tests.meshes import on
 
 N, SIZES = 256, (64, 256, 256, 10)
 PAIRS = list(itertools.pairwise(SIZES))
@@ -30,7 +30,7 @@ FACTORS = 2 * N * sum((i + 1) ** 2 + o**2 for i, o in PAIRS)
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    tiny.on(1, monkeypatch)
+    on(1, monkeypatch)
 
 
 class MLP(nnx.Module):

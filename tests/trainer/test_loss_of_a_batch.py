@@ -10,12 +10,13 @@ from flax import nnx
 from curvtrain import CurvatureSchedule, Trainer, TrainerConfig, losses
 from curvtrain.curvature import KFAC, Lanczos
 from curvtrain.optim import kfac
+from tests.meshes import on
 from tests.trainer import tiny
 
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    tiny.on(1, monkeypatch)
+    on(1, monkeypatch)
 
 
 # -- penalties ---------------------------------------------------------------------------------------------------------
