@@ -26,7 +26,7 @@ from common.optimizers import chosen
 
 import curvtrain
 
-RATES = {"adamw": 1e-3, "ivon": 0.1, "vogn": 1e-3}  # the middle of each grid, in steps of 10^(1/2)
+RATES = {"adamw": 3e-3, "ivon": 1.0, "vogn": 1e-2}  # the middle of each grid, in steps of 10^(1/2)
 SHOWN = ("eval/accuracy", "eval/loss", "eval/calibration_error", "train/loss")
 
 

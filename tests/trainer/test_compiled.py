@@ -43,7 +43,7 @@ def counted():
 
 @pytest.fixture(autouse=True)
 def no_cache_of_the_user(quick_compile, monkeypatch):
-    """Neither of the environment nor of another test; and one device: see `_hangs`."""
+    """Neither of the environment nor of another test; and one device: of several CPUs nothing is kept."""
     on(1, monkeypatch)
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)

@@ -11,6 +11,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
+from curvtrain.trainer.mesh.sharding import of_several_cpus
+
 FOLDER = "compiled"  # in the workdir
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of an entry where JAX finds that library; else it uses zlib
 _DIR = "jax_compilation_cache_dir"
@@ -22,7 +24,8 @@ def compilation_cache_of(
 ) -> Generator[Path | None]:
     """Keeps compiled programs in a folder while the context lasts, and gives the folder, or None if it keeps none.
 
-    On a mesh of several CPU devices there is no cache, neither the run's nor the user's: see `_hangs`.
+    On a mesh of several CPU devices there is no cache, neither the run's nor the user's: read back, programs for
+    these may wait for themselves forever (`of_several_cpus`).
 
     A cache that the user has configured (JAX_COMPILATION_CACHE_DIR, `jax.config`) stays as it is, unless a folder is
     named. JAX has one cache per process, so other threads use it too. Afterwards JAX's options are as they were.
@@ -36,14 +39,14 @@ def compilation_cache_of(
       workdir: the run's folder, or None: then True keeps nothing.
       mesh: of the run.
     """
-    folder = None if _hangs(mesh) else _folder(option, workdir)
+    folder = None if of_several_cpus(mesh) else _folder(option, workdir)
     if folder is not None:
         options: dict[str, Any] = {
             _DIR: os.fspath(folder),
             "jax_persistent_cache_min_compile_time_secs": 0.0,
             "jax_persistent_cache_min_entry_size_bytes": -1,
         }
-    elif _hangs(mesh):
+    elif of_several_cpus(mesh):
         options = {"jax_enable_compilation_cache": False}
     else:
         yield None
@@ -68,16 +71,6 @@ def _folder(option: str | os.PathLike | bool | None, workdir: str | os.PathLike 
     if workdir is None or getattr(jax.config, _DIR) is not None:
         return None
     return Path(workdir).absolute() / FOLDER
-
-
-def _hangs(mesh: Mesh) -> bool:
-    """Says whether programs on a mesh that were read back from a cache may wait for one another forever.
-
-    Those of several CPU devices do: XLA orders the collectives of a program that it compiles, and forgets the order
-    between those inside a loop and those outside when it writes the program down, so that two devices may begin with
-    different ones. Found with jaxlib 0.10.2, in 3 of 3 runs of a refresh of `FullBlock`; of 6 that compiled it, none.
-    """
-    return mesh.size > 1 and any(device.platform == "cpu" for device in mesh.devices.flat)
 
 
 def _entries(folder: Path | None) -> list[Path]:

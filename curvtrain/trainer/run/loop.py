@@ -23,6 +23,7 @@ from curvtrain.trainer.disk.reading import versions
 from curvtrain.trainer.disk.workdir import claimed
 from curvtrain.trainer.live import Ending, Run
 from curvtrain.trainer.mesh import distributed
+from curvtrain.trainer.mesh.sharding import of_several_cpus
 from curvtrain.trainer.run.agreement import check_same_programs, check_same_run
 from curvtrain.trainer.run.announcement import announce
 from curvtrain.trainer.run.evaluation import evaluate
@@ -118,9 +119,8 @@ class Loop:
         with self._clock.pause():
             if finished or due(config.eval_every):
                 self._evaluate()
-            for hook in self.hooks:
-                if due(hook.every) and not finished:
-                    hook(live)
+            if not finished:
+                self._call([hook for hook in self.hooks if due(hook.every)])
             finished = finished or live.stop_reason is not None
             ending = self._termination.poll() or finished
             if ending:
@@ -129,12 +129,17 @@ class Loop:
                 if not self._is_evaluated():
                     self._evaluate()
                 live.last = True
-                for hook in self.hooks:
-                    hook(live)
+                self._call(self.hooks)
             live.end(config.steps)
             if ending or due(config.save_every):
                 self._save()
         return ending
+
+    def _call(self, hooks: Iterable[Hook]) -> None:
+        for hook in hooks:
+            if of_several_cpus(self.plan.mesh):
+                jax.block_until_ready(self.live.current)  # what a hook computes may keep a running step from its end
+            hook(self.live)
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.live.step % every == 0
