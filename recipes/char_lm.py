@@ -28,6 +28,8 @@ from common.text import TextData, load_text
 # were not.
 RATES = {"adam": 3e-3, "adamw": 3e-3, "momentum": 0.3, "nesterov": 0.3, "sgd": 1.0}
 RATES |= {"psgd": 3e-2} | {f"fosi_{name}": rate for name, rate in RATES.items()}
+RATES |= {"soap": 1e-2, "shampoo": 1e-2, "kl_shampoo": 1e-2, "muon": 1e-2, "fadam": 1e-2, "natural_gradient": 1e-2}
+RATES |= {"sirfshampoo": 1e-2, "if_shampoo": 1e-2, "singd": 1e-2, "adafisher": 1e-2, "adafisherw": 1e-2}
 
 
 @dataclasses.dataclass(frozen=True)
