@@ -148,7 +148,7 @@ def test_two_processes(trained, build, shared, tmp_path):
         env={**environment(shared / "cache"), "XLA_FLAGS": os.environ["XLA_FLAGS"]},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for name, count in steps.items():
