@@ -30,6 +30,7 @@ from curvtrain.curvature import (
     XMat,
     products,
 )
+from curvtrain.curvature.posterior import posteriors
 from curvtrain.curvature.psgd import Elementwise
 
 # (the flag, dtype of the parameters); without the flag, float32 and bfloat16 are those of `test_contract.py`
@@ -159,8 +160,12 @@ def test_optimizer(name, x64, dtype):
         curvature = None if estimator is None else jax.eval_shape(estimator.init, objective, params)
 
         def step(curvature, state, params, batch):
-            value, grads, _, _ = objective.value_and_grad(params, batch)
+            look = lambda params, key: objective.value_and_grad(params, batch)[:2]
+            value, grads = look(params, None)
             extra = {} if curvature is None else dict(curvature=curvature)
+            if posteriors(state):
+                key = jax.random.key(1)
+                value, grads, extra["draws"] = optim.at_draws(look, state, params, key, samples=2, curvature=curvature)
             extra |= dict(objective=objective, batch=batch, key=jax.random.key(0), value=value, grad=grads)
             return *tx.update(grads, state, params, **extra), value
 

@@ -85,7 +85,7 @@ time.sleep(60)
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
         assert job.stdout.readline() == "ready 0\n" and job.stderr.readline() == "[1] ready 1\n"
         job.send_signal(number)
-        out, err = job.communicate(timeout=20)
+        out, err = job.communicate(timeout=50)
     assert job.returncode == 0
     assert (out, err) == ("heard 0\n", "[1] heard 1\n")
 
