@@ -52,7 +52,7 @@ USES = {
     ),
     "soap": ("`GradientKronecker`: QR of sides", "most per step for the least tuning", "sides of thousands"),
     "shampoo": ("`GradientKronecker`: roots of sides", "SOAP's place, grafted on Adam", "without grafting, its scale"),
-    "kl_shampoo": ("`GradientKronecker(fit='kl')`: QR of sides", "SOAP without second moments", "small b2"),
+    "kl_shampoo": ("`GradientKronecker(fit='kl')`: QR of sides", "SOAP without second moments", "sides of thousands"),
     "sirfshampoo": ("`InverseFree`: products alone", "bfloat16 factors; no factorisation", "slow from P = I"),
     "if_shampoo": ("`InverseFree`, at growing intervals", "the same at a smaller price", "the same"),
     "singd": ("`InverseFreeKFAC`: products alone", "K-FAC in bfloat16", "losses that are no likelihoods"),

@@ -161,7 +161,7 @@ def plan_of_mlp(sizes: list[int], batch_size: int, optimizer: Any, estimator: An
 
 
 def plan_of_transformer(optimizer: Any, estimator: Any = None) -> Plan:
-    """Of the transformer of recipes/char_lm.py, with the recipe's sizes and as many characters as its text has."""
+    """Of the transformer of recipes/char_lm.py, with the recipe's sizes and a vocabulary of 128."""
     task = Task(
         "transformer",
         lambda rngs: Transformer(128, 64, layers=2, width=64, heads=4, rngs=rngs),

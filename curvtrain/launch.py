@@ -71,7 +71,7 @@ class Job:
         """Waits for all processes; when one fails, ends the others. Returns the first failure's exit status, or 0."""
         status = 0
         for left in reversed(range(self.count)):
-            index = self._ended.get()
+            index = self._next_to_end()
             code = self._processes[index].returncode
             if code:
                 status = 128 - code if code < 0 else code
@@ -81,6 +81,11 @@ class Job:
         for reader in self._readers:
             reader.join(timeout=1)  # a grandchild may hold the pipe open
         return status
+
+    def _next_to_end(self) -> int:
+        while True:  # Python's handler of a signal that comes just before a wait runs after it: none may be long
+            with contextlib.suppress(queue.Empty):
+                return self._ended.get(timeout=1)
 
     def _report(self, index: int, code: int, left: int) -> None:
         how = f"was ended by {_signal_name(-code)}" if code < 0 else f"failed with status {code}"

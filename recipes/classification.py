@@ -22,7 +22,7 @@ from common.optimizers import OptimizerName
 from common.runs import RunOptions, run
 
 # Of nine rates from 1e-4 to 1 in steps of 10^(1/2), good ones for the perceptron on digits (seed 0, 200 steps of 128);
-# FOSI has those of its bases, and AdaFisher its default.
+# FOSI has those of its bases, AdaFisher, IF-Shampoo and SINGD have defaults, IVON and VOGN good ones of 1,000 steps.
 RATES = {"adam": 1e-2, "adamw": 1e-2, "momentum": 0.1, "nesterov": 0.1, "sgd": 0.3}
 RATES |= {f"fosi_{name}": rate for name, rate in RATES.items() if name != "adamw"}
 RATES |= {"soap": 1e-2, "shampoo": 1e-2, "kl_shampoo": 1e-2, "psgd": 1e-2, "muon": 1e-2, "fadam": 1e-2}

@@ -78,7 +78,8 @@ def hear(*_):
     sys.exit(0)
 signal.signal(signal.{name}, hear)
 print("ready", index, flush=True)
-time.sleep(60)
+for _ in range(300):  # a signal that comes just before a sleep is heard after it
+    time.sleep(0.1)
 """
     # without the package around it, which takes seconds to import
     command = [sys.executable, launch.__file__, "--processes", "2", script(tmp_path, heard)]

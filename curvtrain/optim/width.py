@@ -14,12 +14,15 @@ units of the narrow model's:
 | "natural" | what lowers the loss by 1 at a rate of 1 | 1 | `kfac`, `natural_gradient` |
 
 Vectors (biases, gains) have the factor 1, and r_o under "gradient". K-FAC's rule is that of Ishikawa & Karakida (2024),
-arXiv 2312.12226, table 1; it holds as far as the damping is small. Decay that is independent of the rate's factor and
-falls as 1 / width: Qiu et al. (2025), arXiv 2512.05620. `kl_shampoo` is between "entries" and "spectral": on an MLP its
-updates of hidden layers moved the next ones in proportion to width^0.6.
+arXiv 2312.12226; it holds as far as the damping is small. Decay that is independent of the rate's factor and falls as
+1 / width: Qiu et al. (2025), arXiv 2512.05620. Measured on an MLP of widths 32, 128 and 512 (4 updates, seed 0), hidden
+layers' updates move the next ones in proportion to width^0.9 with Adam, ^0.0 with Muon, SOAP and K-FAC, ^0.2 to 0.4
+with `shampoo`, and ^0.6 with `kl_shampoo`, which is thus between two rules. The root-free ones, `adafisher`, the
+inverse-free and the variational ones were not tried.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -74,13 +77,14 @@ def scale_by_width(
     check_patterns("scale_by_width(patterns)", patterns)
     if not jax.tree.leaves(base) or isinstance(base, bool | float | str):
         raise TypeError(f"scale_by_width(base) should be a width or the narrow model's parameters, not {base!r}.")
-    if isinstance(base, int):
+    is_width = isinstance(base, numbers.Integral)
+    if is_width:
         _checks.positive_int("scale_by_width(base)", base)
 
     def factors(tree: PyTree) -> tuple[PyTree, PyTree]:
         """(the factor of each update, and of each parameter's decay)."""
         ours, structure = by_path(tree), jax.tree.structure(tree)
-        theirs = None if isinstance(base, int) else by_path(base)
+        theirs = None if is_width else by_path(base)
         scales, decays = [], []
         for path, leaf in ours.items():
             name, shape = path_name(path), tuple(leaf.shape)

@@ -43,7 +43,7 @@ class Statistic(abc.ABC):
         return self.shapes(layer)
 
     def saved(self, layer: Layer, module: Any, x: Any, options: Mapping[str, Any]) -> Any:
-        """What of a call with input x, and other arguments by name, is kept for the statistics: `Backward.saved`.
+        """Returns what is kept of a call with input x, and other arguments by name: it becomes `Backward.saved`.
 
         The default is what the layer says, of a norm layer the normalised input.
         """

@@ -78,12 +78,12 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
 
     @property
     def _uncovered_options(self) -> tuple[str, ...]:
-        """What `uncovered` may be; whatever is not "error" lets any parameter be a plain one."""
+        """The values that `uncovered` may have; all but "error" let any parameter be a plain one."""
         return UNCOVERED
 
     @property
     def _refuses_uncovered(self) -> bool:
-        """Whether a parameter of no known layer is an error."""
+        """Says whether a parameter of no known layer is an error."""
         return self.uncovered == "error"
 
     @property
@@ -93,7 +93,7 @@ class LayerEstimator(CurvatureEstimator[C], Generic[C]):
     # -- layers --------------------------------------------------------------------------------------------------------
 
     def coverage(self, objective: Objective | None, params: PyTree) -> Coverage:
-        """Which layer every parameter belongs to. Raises as `init` does."""
+        """Returns which layer every parameter belongs to. Raises as `init` does."""
         if objective is None:
             raise TypeError(f"{self.name} finds the layers of a model, so init() needs the objective.")
         objective.require_outputs(self.name, "Lanczos(product='hessian')")

@@ -130,7 +130,7 @@ class KroneckerDiagonal(LayerEstimator[Any]):
         return not self.faithful and super()._refuses_uncovered  # else `check_covered` says what is missing
 
     def coverage(self, objective, params) -> Coverage:
-        """Which layer every parameter belongs to. Raises as `init` does."""
+        """Returns which layer every parameter belongs to. Raises as `init` does."""
         coverage = super().coverage(objective, params)
         if self.faithful:
             released.check_covered(coverage, self.uncovered, self.plain, self.name)

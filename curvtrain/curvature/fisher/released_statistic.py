@@ -1,4 +1,4 @@
-"""What AdaFisher's released code measures of a layer, as sums over examples, so that pieces of a batch add up.
+"""AdaFisher's released code measures the following of a layer, here as sums over examples: pieces of a batch add up.
 
 | symbol | statistic | shape | meaning |
 |---|---|---|---|

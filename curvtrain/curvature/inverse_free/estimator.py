@@ -92,12 +92,8 @@ class InverseFree(CurvatureEstimator[InverseFreeFactors]):
 
     @property
     def rule(self) -> Rule:
-        """How factors move."""
-        return Rule(
-            RATE if self.rate is None else float(self.rate),
-            MOMENTUM if self.momentum is None else float(self.momentum),
-            DAMPING if self.damping is None else float(self.damping),
-        )
+        """The rule by which factors move; what was left open has the defaults."""
+        return rule_of(self.rate, self.momentum, self.damping)
 
     def init(self, objective, params) -> InverseFreeFactors:
         view, tensors = EachParameter.of(NAME, params, scan_axes(NAME, objective, params)), []
@@ -152,6 +148,12 @@ class InverseFree(CurvatureEstimator[InverseFreeFactors]):
     def overview(self, objective, params) -> str:
         c = jax.eval_shape(self.init, objective, params)
         return table([("parameter", "sides", "factors", "bytes"), *c.rows()], left=3)
+
+
+def rule_of(rate: float | None, momentum: float | None, damping: float | None, **rest: Any) -> Rule:
+    """Returns a rule, with defaults in the place of None."""
+    chosen = lambda value, default: default if value is None else float(value)
+    return Rule(chosen(rate, RATE), chosen(momentum, MOMENTUM), chosen(damping, DAMPING), **rest)
 
 
 def check_rule(name: str, rate: Any, momentum: Any, damping: Any) -> None:

@@ -1,4 +1,4 @@
-"""What inverse-free estimators maintain: P = (x)_n K_n K_n^T for every tensor. Symbols as in `step.py`."""
+"""Inverse-free estimators maintain P = (x)_n K_n K_n^T for every tensor. Symbols are those of `step.py`."""
 
 import dataclasses
 from collections.abc import Callable

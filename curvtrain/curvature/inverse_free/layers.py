@@ -13,7 +13,7 @@ from curvtrain.curvature.capture import Layer, LayerMeasure, Statistic
 from curvtrain.curvature.capture.layers.blocks import means_of
 from curvtrain.curvature.capture.statistics import WEIGHT_SHARING, KroneckerStatistic
 from curvtrain.curvature.fisher.base import LayerEstimator
-from curvtrain.curvature.inverse_free.estimator import DAMPING, DTYPES, MAX_SIZE, MOMENTUM, RATE, check_rule
+from curvtrain.curvature.inverse_free.estimator import DTYPES, MAX_SIZE, check_rule, rule_of
 from curvtrain.curvature.inverse_free.factors import InverseFreeFactors, described
 from curvtrain.curvature.inverse_free.step import Rule, of_factors
 from curvtrain.curvature.inverse_free.structures import Diagonal
@@ -116,14 +116,9 @@ class InverseFreeKFAC(LayerEstimator[InverseFreeFactors]):
 
     @property
     def rule(self) -> Rule:
-        """How factors move."""
-        return Rule(
-            RATE if self.rate is None else float(self.rate),
-            MOMENTUM if self.momentum is None else float(self.momentum),
-            DAMPING if self.damping is None else float(self.damping),
-            bool(self.kfac_like),
-            "none" if self.normalized is False else "entry",
-        )
+        """The rule by which factors move; what was left open has the defaults."""
+        limit = "none" if self.normalized is False else "entry"
+        return rule_of(self.rate, self.momentum, self.damping, kfac_like=bool(self.kfac_like), limit=limit)
 
     def init(self, objective, params) -> InverseFreeFactors:
         view = EachLayer(self.coverage(objective, params))
@@ -185,7 +180,7 @@ class InverseFreeKFAC(LayerEstimator[InverseFreeFactors]):
 
 
 def _numbers(tensor: Tensor) -> int:
-    """How many numbers the factors and momenta of a tensor are."""
+    """Counts the numbers that the factors and momenta of a tensor are made of."""
     total = 0
     for d, s in zip(tensor.sides, tensor.structures, strict=True):
         shape = (tensor.copies, d) if s.is_vector else (tensor.copies, d, d)

@@ -36,7 +36,7 @@ Filed = dict[str, Any]  # by side, what is stored
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How factors move: static.
+    """The options of a step, which are static.
 
     Attributes:
       rate: beta, in (0, 1).
@@ -54,7 +54,7 @@ class Rule:
 
     @property
     def normalized(self) -> bool:
-        """Whether there is a limit."""
+        """Says whether there is a limit."""
         return self.limit != "none"
 
 

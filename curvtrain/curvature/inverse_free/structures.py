@@ -1,4 +1,4 @@
-"""Which matrices a factor may be: groups of matrices, and the entries of them that are stored.
+"""Structures say which matrices a factor may be: groups of matrices, of which some entries are stored.
 
 | structure | its matrices of size d | stored |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""Which tensors have factors: their sides, the structure of each side's factor, and who shares an array with whom.
+"""Tensors that have factors: their sides, the structure of each side's factor, and who shares an array with whom.
 
 A `Structures` says how factors look: a name for all sides of all tensors, or (regular expression, name) pairs that are
 searched in the tensors' names, the first that matches counting, where instead of a name there may be one for every

@@ -1,6 +1,7 @@
 """JAX's persistent compilation cache, for the time of a run: a repeated or resumed run does not compile again."""
 
 import contextlib
+import logging
 import os
 import zlib
 from collections.abc import Generator
@@ -12,6 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from curvtrain.trainer.mesh.sharding import of_several_cpus
+
+log = logging.getLogger("curvtrain")
 
 FOLDER = "compiled"  # in the workdir
 ZSTANDARD = b"\x28\xb5\x2f\xfd"  # the first bytes of an entry where JAX finds that library; else it uses zlib
@@ -47,6 +50,12 @@ def compilation_cache_of(
             "jax_persistent_cache_min_entry_size_bytes": -1,
         }
     elif of_several_cpus(mesh):
+        if isinstance(option, str | os.PathLike):
+            log.warning(
+                "compilation_cache=%r keeps nothing on a mesh of several CPU devices: programs that XLA reads back there "
+                "may wait for themselves forever.",
+                os.fspath(option),
+            )
         options = {"jax_enable_compilation_cache": False}
     else:
         yield None

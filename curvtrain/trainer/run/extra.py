@@ -18,7 +18,7 @@ def extra_args(
     key: jax.Array,
     loss: jax.Array,
     grads: PyTree,
-    draws: Draws | None = None,
+    draws: Draws | None,
 ) -> dict[str, Any]:
     """The extra arguments of an optimizer's update, in optax's own names where it has one.
 

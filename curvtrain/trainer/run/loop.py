@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class Loop:
         self.history: list[dict[str, float]] = []
         bytes_of_batch = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(plan.programs.batch))
         self._window = Window(max(2, IN_FLIGHT_BYTES // bytes_of_batch))
+        self._hooks_wait = of_several_cpus(plan.mesh)  # what a hook computes may keep a running step from its end
         self._clock = Clock()
         self._termination = Termination()
 
@@ -135,10 +136,10 @@ class Loop:
                 self._save()
         return ending
 
-    def _call(self, hooks: Iterable[Hook]) -> None:
+    def _call(self, hooks: Sequence[Hook]) -> None:
+        if self._hooks_wait and hooks:
+            jax.block_until_ready(self.live.current)
         for hook in hooks:
-            if of_several_cpus(self.plan.mesh):
-                jax.block_until_ready(self.live.current)  # what a hook computes may keep a running step from its end
             hook(self.live)
 
     def _due(self, every: int | None) -> bool:

@@ -49,9 +49,9 @@ def train_step(
     metrics_fn: MetricsFn,
     ema: float | None,
     refresh_microbatch: int | None,
-    update_first: bool = True,
-    skips: bool = False,
-    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    update_first: bool,
+    skips: bool,
+    sampling: Sampling,
 ) -> Callable[..., tuple[TrainState, Seen]]:
     """The function `(state, batch, curvature_batch) -> (state, (metrics, skipped))` of one kind of step.
 

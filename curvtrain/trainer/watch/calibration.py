@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from clu import metrics as clu_metrics
 
+from curvtrain import _checks
 from curvtrain._dtypes import wide
 from curvtrain.losses import SoftmaxCrossEntropy, weight_like
 from curvtrain.objective import safe
@@ -76,6 +77,7 @@ class CalibrationError(clu_metrics.Metric):
           bins: how many.
         """
         _check_fits("CalibrationError.of", outputs, labels)
+        _checks.positive_int("CalibrationError.of(bins)", bins)
         p = jax.nn.softmax(wide(outputs))
         confidence, right = jnp.max(p, axis=-1), jnp.argmax(p, axis=-1) == labels
         ones = jnp.ones(labels.shape, p.dtype)
