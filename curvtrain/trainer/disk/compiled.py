@@ -52,7 +52,7 @@ def compilation_cache_of(
     elif of_several_cpus(mesh):
         if isinstance(option, str | os.PathLike):
             log.warning(
-                "compilation_cache=%r keeps nothing on a mesh of several CPU devices: programs that XLA reads back there "
+                "compilation_cache=%r keeps nothing on a mesh of several CPU devices: programs that are read back "
                 "may wait for themselves forever.",
                 os.fspath(option),
             )
