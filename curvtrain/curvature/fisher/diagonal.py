@@ -79,6 +79,32 @@ class Diagonal(Curvature):
         }
 
 
+class LayerDiagonal(Curvature):
+    """A curvature that is diagonal, and kept in another form: a subclass says `diagonal` and `like`."""
+
+    def groups(self):
+        return tuple((path,) for path in by_path(self.like()))
+
+    def logdet(self, damping: jax.Array | float) -> jax.Array:
+        """log |det(C + damping I)|."""
+        return Diagonal(self.diagonal()).logdet(damping)
+
+    def matvec(self, vector: PyTree) -> PyTree:
+        """C v."""
+        return Diagonal(self.diagonal()).matvec(vector)
+
+    def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
+        """(C + damping I)^-1 v."""
+        return Diagonal(self.diagonal()).solve(vector, damping)
+
+    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
+        """(C + damping I)^exponent v."""
+        return Diagonal(self.diagonal()).power(vector, damping, exponent)
+
+    def as_matrix(self) -> jax.Array:
+        return Diagonal(self.diagonal()).as_matrix()
+
+
 @dataclasses.dataclass(frozen=True)
 class DiagonalFisher(LayerEstimator[Diagonal]):
     """The diagonal of the Fisher: sums of squares of per-example gradients. Options as for `LayerEstimator`.

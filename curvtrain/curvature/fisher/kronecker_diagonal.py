@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.curvature import trees
-from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.capture import Coverage, Layer
 from curvtrain.curvature.capture.layers.blocks import means_of
 from curvtrain.curvature.capture.statistics import KroneckerStatistic
 from curvtrain.curvature.fisher import released
 from curvtrain.curvature.fisher.base import LayerEstimator, spread_specs
-from curvtrain.curvature.fisher.diagonal import Diagonal
+from curvtrain.curvature.fisher.diagonal import Diagonal, LayerDiagonal
 from curvtrain.curvature.fisher.released_statistic import ReleasedStatistic
-from curvtrain.objective import by_path
 
 PyTree = Any
 Arrays = dict[str, jax.Array]
@@ -25,7 +23,7 @@ Arrays = dict[str, jax.Array]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DiagonalFactors(Curvature):
+class DiagonalFactors(LayerDiagonal):
     """C = diag(a) (x) diag(g) for every layer's matrix; diagonals elsewhere.
 
     Attributes:
@@ -50,28 +48,6 @@ class DiagonalFactors(Curvature):
 
     def like(self) -> PyTree:
         return self.coverage.like()
-
-    def groups(self):
-        return tuple((path,) for path in by_path(self.like()))
-
-    def logdet(self, damping: jax.Array | float) -> jax.Array:
-        """log |det(C + damping I)|."""
-        return Diagonal(self.diagonal()).logdet(damping)
-
-    def matvec(self, vector: PyTree) -> PyTree:
-        """C v."""
-        return Diagonal(self.diagonal()).matvec(vector)
-
-    def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
-        """(C + damping I)^-1 v."""
-        return Diagonal(self.diagonal()).solve(vector, damping)
-
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
-        """(C + damping I)^exponent v."""
-        return Diagonal(self.diagonal()).power(vector, damping, exponent)
-
-    def as_matrix(self) -> jax.Array:
-        return Diagonal(self.diagonal()).as_matrix()
 
     def map(self, vector: PyTree, function: Callable[[jax.Array, jax.Array], jax.Array]) -> PyTree:
         """Applies function(F, M) to each layer's matrix M (K, d_i, d_o) and to F, its diagonal in that shape.

@@ -29,12 +29,11 @@ import jax
 import jax.numpy as jnp
 
 from curvtrain.curvature import trees
-from curvtrain.curvature.base import Curvature
 from curvtrain.curvature.capture import Coverage, Layer, LayerMeasure, NormLayer
 from curvtrain.curvature.capture.seeds import AS_GIVEN
-from curvtrain.curvature.fisher.diagonal import Diagonal
+from curvtrain.curvature.fisher.diagonal import Diagonal, LayerDiagonal
 from curvtrain.curvature.fisher.released_statistic import ReleasedStatistic, is_released, raw_factors
-from curvtrain.objective import Objective, by_path, safe
+from curvtrain.objective import Objective, safe
 
 PyTree = Any
 Arrays = dict[str, jax.Array]
@@ -45,7 +44,7 @@ UNCOVERED = ("error", "one")
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ReleasedFactors(Curvature):
+class ReleasedFactors(LayerDiagonal):
     """C = S (x) H for layers that have factors, and 0 for the rest; see the module's docstring.
 
     Attributes:
@@ -74,25 +73,6 @@ class ReleasedFactors(Curvature):
 
     def like(self) -> PyTree:
         return self.coverage.like()
-
-    def groups(self):
-        return tuple((path,) for path in by_path(self.like()))
-
-    def logdet(self, damping: jax.Array | float) -> jax.Array:
-        """log |det(C + damping I)|."""
-        return Diagonal(self.diagonal()).logdet(damping)
-
-    def matvec(self, vector: PyTree) -> PyTree:
-        """C v."""
-        return self.map(vector, lambda F, v: jnp.zeros_like(v) if F is None else F * v)
-
-    def solve(self, vector: PyTree, damping: jax.Array | float) -> PyTree:
-        """(C + damping I)^-1 v."""
-        return self.map(vector, lambda F, v: v / damping if F is None else v / (F + damping))
-
-    def power(self, vector: PyTree, damping: jax.Array | float, exponent: jax.Array | float) -> PyTree:
-        """(C + damping I)^exponent v."""
-        return Diagonal(self.diagonal()).power(vector, damping, exponent)
 
     def map(self, vector: PyTree, function: Callable[[jax.Array | None, jax.Array], jax.Array]) -> PyTree:
         """Applies function(F, M) to each layer's matrix M (K, d_i, d_o) and to its S (x) H, None without factors."""
